@@ -1,0 +1,1 @@
+"""RVC voice conversion in MLX."""
