@@ -1,0 +1,158 @@
+"""Resampling and the 48 Hz high pass, for arrays and for streams of blocks.
+
+What meets a whole recording has a form that works block by block, so that an hour of
+audio costs no more memory than a minute. Loudness is in ``loudness``, files are in
+``audio_io``.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import soxr
+
+from .spool import BLOCK, Spool
+
+SAMPLE_RATE = 16000  # Hz: what the content encoder and the pitch nets hear
+HIGH_PASS_ORDER, HIGH_PASS_HZ = 5, 48.0
+_QUALITY = "VHQ"
+
+
+def resample(x: np.ndarray, rate_in: int, rate_out: int) -> np.ndarray:
+    """Return ``x`` at another sample rate (soxr, very high quality).
+
+    Args:
+        x: ``[n]`` float32.
+        rate_in: its rate, Hz.
+        rate_out: the rate wanted, Hz.
+
+    Returns:
+        ``[round(n * rate_out / rate_in)]`` float32; ``x`` itself for equal rates.
+    """
+    if rate_in == rate_out:
+        return x
+    x = np.ascontiguousarray(x, np.float32)
+    return soxr.resample(x, rate_in, rate_out, quality=_QUALITY)
+
+
+def resample_blocks(
+    blocks: Iterable[np.ndarray], rate_in: int, rate_out: int
+) -> Iterator[np.ndarray]:
+    """Yield a stream of float32 blocks ``[n]`` at another sample rate.
+
+    Joined, the blocks are what ``resample`` gives for the joined input, however it is
+    cut. Equal rates pass the blocks through.
+    """
+    if rate_in == rate_out:
+        yield from blocks
+        return
+    stream = soxr.ResampleStream(rate_in, rate_out, 1, "float32", _QUALITY)
+    for block in blocks:
+        out = stream.resample_chunk(np.ascontiguousarray(block, np.float32))
+        if len(out):
+            yield out
+    out = stream.resample_chunk(np.empty(0, np.float32), last=True)
+    if len(out):
+        yield out
+
+
+def _high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Return b, a, the steady state of the filter for a unit step, and its padding."""
+    from scipy import signal  # takes a second to import, and only filtering needs it
+
+    b, a = signal.butter(HIGH_PASS_ORDER, HIGH_PASS_HZ, "high", fs=SAMPLE_RATE)
+    return b, a, signal.lfilter_zi(b, a), 3 * max(len(a), len(b))
+
+
+def high_pass(x: np.ndarray) -> np.ndarray:
+    """Return ``x`` without what lies below 48 Hz, with no phase shift.
+
+    A Butterworth filter of order 5 run forwards and backwards in float64 (float32
+    diverges: its poles lie within 0.02 of the unit circle). Both ends are extended by
+    18 odd-mirrored samples, or by n - 1 where the signal is 18 samples or shorter.
+
+    Args:
+        x: ``[n]`` float at 16 kHz, n >= 1.
+
+    Returns:
+        ``[n]`` float64.
+
+    Raises:
+        ValueError: if ``x`` is empty.
+
+    Source:
+        RVC, ``infer/modules/vc/pipeline.py``: ``signal.filtfilt(bh, ah, audio)``.
+    """
+    b, a, _, padding = _high_pass_design()
+    x = np.asarray(x, np.float64)
+    if not len(x):
+        raise ValueError("there is no audio to filter: the recording is empty")
+    from scipy import signal
+
+    return signal.filtfilt(b, a, x, padlen=min(padding, len(x) - 1))
+
+
+def high_pass_spool(source: Spool, block: int = BLOCK, gain: float = 1.0) -> Spool:
+    """Return ``high_pass`` of a long recording in two streaming passes.
+
+    Args:
+        source: the recording at 16 kHz, at least one sample.
+        block: samples in memory at a time.
+        gain: factor applied to the recording first (``normalize_gain``).
+
+    Returns:
+        A float32 spool of the same length; the arithmetic before is float64.
+
+    Raises:
+        ValueError: if the spool is empty.
+    """
+    b, a, steady, padding = _high_pass_design()
+    count = len(source)
+    if count == 0:
+        raise ValueError("there is no audio to filter: the recording is empty")
+    edge = min(padding, count - 1)
+    result = Spool(np.float32)
+    try:
+        with Spool(np.float64) as forward:
+            extended = _odd_extended(source, edge, block, gain)
+            for y in _filtered(extended, b, a, steady):
+                forward.append(y)
+            stop = count + edge  # of the block to come, counted in the result
+            for y in _filtered(forward.blocks_reversed(block), b, a, steady):
+                start = stop - len(y)
+                low, high = max(start, 0), min(stop, count)
+                if high > low:
+                    result.write(low, y[stop - high : stop - low][::-1])
+                stop = start
+    except BaseException:
+        result.close()
+        raise
+    return result
+
+
+def _odd_extended(
+    source: Spool, edge: int, block: int, gain: float
+) -> Iterator[np.ndarray]:
+    """Yield the signal in float64 with both ends point-mirrored for ``edge`` samples."""
+    count = len(source)
+    head = source.read(0, edge + 1).astype(np.float64) * gain
+    tail = source.read(count - edge - 1, count).astype(np.float64) * gain
+    yield 2 * head[0] - head[:0:-1]
+    for x in source.blocks(block):
+        yield x.astype(np.float64) * gain
+    yield 2 * tail[-1] - tail[-2::-1]
+
+
+def _filtered(
+    blocks: Iterable[np.ndarray], b: np.ndarray, a: np.ndarray, steady: np.ndarray
+) -> Iterator[np.ndarray]:
+    """Yield the filtered blocks, as if the first sample had lasted for ever before."""
+    from scipy import signal
+
+    state = None
+    for x in blocks:
+        if not len(x):
+            continue
+        if state is None:
+            state = steady * x[0]
+        y, state = signal.lfilter(b, a, x, zi=state)
+        yield y
