@@ -1,0 +1,1 @@
+"""Networks, channels last, pure functions of arrays."""

@@ -1,0 +1,297 @@
+"""HiFi-GAN vocoders of RVC: with a harmonic source (NSF), without F0, and MRF.
+
+Source: Kong et al. 2020 (HiFi-GAN), Wang et al. 2019 (neural source filter); layouts of
+RVC's ``GeneratorNSF``/``Generator`` and Applio's ``HiFiGANMRFGenerator``.
+
+Frames run at 100 per second; a frame is ``U = prod(upsample_rates)`` samples.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from rvc_mlx.models.layers import LRELU_SLOPE, ResBlock, leaky_relu
+
+SINE_AMPLITUDE = 0.1
+VOICED_NOISE = 0.003  # deviation of the noise on a voiced sample
+UNVOICED_NOISE = SINE_AMPLITUDE / 3
+
+
+class VocoderConfig(Protocol):
+    """What a vocoder reads of the synthesizer's configuration."""
+
+    inter_channels: int
+    gin_channels: int
+    upsample_rates: tuple[int, ...]
+    upsample_kernel_sizes: tuple[int, ...]
+    upsample_initial_channel: int
+    resblock_kernel_sizes: tuple[int, ...]
+    resblock_dilation_sizes: tuple[tuple[int, ...], ...]
+    sample_rate: int
+
+
+class SineSource(nn.Module):
+    """Excitation: sines at the harmonics of F0 plus noise, merged to one channel.
+
+    The phase at the start of each frame comes in as an input (accumulated in float64 by
+    ``pitch.frame_phases``), so that float32 only carries the few cycles of one frame.
+    """
+
+    def __init__(self, harmonics: int):
+        super().__init__()
+        self.l_linear = nn.Linear(harmonics, 1)
+
+    def __call__(
+        self, hertz: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
+    ) -> mx.array:
+        """Make the excitation.
+
+        Args:
+            hertz: F0 of every sample divided by the sample rate, ``[B, T, U]`` in
+                cycles; 0 where unvoiced.
+            phase: phase before the first sample of each frame, ``[B, T]`` in cycles.
+            offset: starting phase of each harmonic, ``[B, 1, harmonics]`` in cycles.
+            noise: standard normal, ``[B, T * U, harmonics]``.
+
+        Returns:
+            ``[B, T * U, 1]`` in -1..1.
+        """
+        return mx.tanh(self.l_linear(self.excitation(hertz, phase, offset, noise)))
+
+    def excitation(
+        self, hertz: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
+    ) -> mx.array:
+        """As ``__call__``, before the merge: ``[B, T * U, harmonics]``."""
+        cycles = phase[..., None] + mx.cumsum(hertz, axis=-1)
+        cycles = (cycles - mx.floor(cycles)).flatten(-2)[..., None]  # [B, L, 1]
+        multiples = mx.arange(1, noise.shape[-1] + 1, dtype=mx.float32)
+        sines = mx.sin((2 * math.pi) * (cycles * multiples + offset))
+        voiced = (hertz > 0).astype(mx.float32).flatten(-2)[..., None]
+        deviation = voiced * VOICED_NOISE + (1 - voiced) * UNVOICED_NOISE
+        return SINE_AMPLITUDE * voiced * sines + deviation * noise
+
+
+def _noise_convs(rates: tuple[int, ...], channels: list[int]) -> list[nn.Conv1d]:
+    """Strided convolutions that bring the source to each stage's rate."""
+    convs = []
+    for i, width in enumerate(channels):
+        stride = math.prod(rates[i + 1 :])
+        kernel = 2 * stride - stride % 2 if stride > 1 else 1
+        convs.append(
+            nn.Conv1d(1, width, kernel, stride=stride, padding=(kernel - stride) // 2)
+        )
+    return convs
+
+
+def _upsamplers(config: VocoderConfig) -> list[nn.ConvTranspose1d]:
+    width = config.upsample_initial_channel
+    return [
+        nn.ConvTranspose1d(
+            width >> i,
+            width >> (i + 1),
+            kernel,
+            stride=rate,
+            padding=(kernel - rate) // 2 if rate % 2 == 0 else rate // 2 + 1,
+            output_padding=rate % 2,
+        )
+        for i, (rate, kernel) in enumerate(
+            zip(config.upsample_rates, config.upsample_kernel_sizes, strict=True)
+        )
+    ]
+
+
+def _stage_channels(config: VocoderConfig) -> list[int]:
+    return [
+        config.upsample_initial_channel >> (i + 1)
+        for i in range(len(config.upsample_rates))
+    ]
+
+
+def hifigan_context(config: VocoderConfig) -> int:
+    """Frames on each side that one output frame of a HiFi-GAN depends on."""
+    widest = max(
+        sum((k - 1) // 2 * (d + 1) for d in dilations)
+        for k, dilations in zip(
+            config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True
+        )
+    )
+    samples_per_frame, frames = 1, 3.0  # conv_pre
+    for rate, kernel in zip(
+        config.upsample_rates, config.upsample_kernel_sizes, strict=True
+    ):
+        frames += (kernel / rate) / samples_per_frame
+        samples_per_frame *= rate
+        frames += widest / samples_per_frame
+    return math.ceil(frames + 3 / samples_per_frame + 1)
+
+
+class HiFiGAN(nn.Module):
+    """The path that all HiFi-GAN vocoders share.
+
+    A subclass names its layers as its checkpoint does and hands them over through
+    ``stages``.
+    """
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__()
+        self._context = hifigan_context(config)
+
+    @property
+    def context(self) -> int:
+        """Frames on each side that one output frame depends on."""
+        return self._context
+
+    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+        """Upsampler, source convolution and residual blocks of each stage."""
+        raise NotImplementedError
+
+    def _decode(self, z: mx.array, g: mx.array, source: mx.array | None) -> mx.array:
+        x = self.conv_pre(z) + self.cond(g)
+        for upsample, source_conv, blocks in self.stages():
+            x = upsample(leaky_relu(x))
+            if source_conv is not None:
+                x = x + source_conv(source)
+            x = sum((block(x) for block in blocks[1:]), blocks[0](x)) / len(blocks)
+        # Upstream uses the default slope here, once.
+        return mx.tanh(self.conv_post(leaky_relu(x, 0.01)))[..., 0]
+
+
+class Generator(HiFiGAN):
+    """HiFi-GAN without F0 (key ``dec`` of voices without pitch)."""
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__(config)
+        width = config.upsample_initial_channel
+        channels = _stage_channels(config)
+        self.conv_pre = nn.Conv1d(config.inter_channels, width, 7, padding=3)
+        self.cond = nn.Conv1d(config.gin_channels, width, 1)
+        self.ups = _upsamplers(config)
+        self.resblocks = [
+            ResBlock(c, k, d)
+            for c in channels
+            for k, d in zip(
+                config.resblock_kernel_sizes,
+                config.resblock_dilation_sizes,
+                strict=True,
+            )
+        ]
+        self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding=3, bias=False)
+
+    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+        """Upsampler, no source, residual blocks of each stage."""
+        n = len(self.resblocks) // len(self.ups)
+        return [
+            (up, None, self.resblocks[i * n : (i + 1) * n])
+            for i, up in enumerate(self.ups)
+        ]
+
+    def __call__(self, z: mx.array, g: mx.array) -> mx.array:
+        """Latent ``[B, T, C]`` and speaker ``[B, 1, gin]`` to audio ``[B, T * U]``."""
+        return self._decode(z, g, None)
+
+
+class SourceModule(SineSource):
+    """The excitation under the checkpoint's name ``m_source``."""
+
+
+class NSFGenerator(Generator):
+    """HiFi-GAN driven by a harmonic source: the vocoder of nearly every RVC voice."""
+
+    HARMONICS = 1
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__(config)
+        self.m_source = SourceModule(self.HARMONICS)
+        self.noise_convs = _noise_convs(config.upsample_rates, _stage_channels(config))
+
+    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+        """Upsampler, source convolution, residual blocks of each stage."""
+        return [
+            (up, conv, blocks)
+            for (up, _, blocks), conv in zip(
+                super().stages(), self.noise_convs, strict=True
+            )
+        ]
+
+    def __call__(self, z: mx.array, g: mx.array, source: mx.array) -> mx.array:
+        """Decode.
+
+        Args:
+            z: latent ``[B, T, inter_channels]``.
+            g: speaker ``[B, 1, gin_channels]``.
+            source: excitation ``[B, T * U, 1]``.
+
+        Returns:
+            Audio ``[B, T * U]`` in -1..1.
+        """
+        return self._decode(z, g, source)
+
+
+class MRFLayer(nn.Module):
+    """Dilated convolution, plain convolution, add."""
+
+    def __init__(self, channels: int, kernel_size: int, dilation: int):
+        super().__init__()
+        pad = (kernel_size - 1) // 2
+        self.conv1 = nn.Conv1d(
+            channels, channels, kernel_size, padding=pad * dilation, dilation=dilation
+        )
+        self.conv2 = nn.Conv1d(channels, channels, kernel_size, padding=pad)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L, C]``."""
+        return x + self.conv2(leaky_relu(self.conv1(leaky_relu(x, LRELU_SLOPE))))
+
+
+class MRFBlock(nn.Module):
+    """One kernel size of a multi-receptive-field fusion."""
+
+    def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]):
+        super().__init__()
+        self.layers = [MRFLayer(channels, kernel_size, d) for d in dilations]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L, C]``."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class MRFGenerator(HiFiGAN):
+    """Applio's "MRF HiFi-GAN": nine harmonics, other names, a biased last layer."""
+
+    HARMONICS = 9
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__(config)
+        width = config.upsample_initial_channel
+        channels = _stage_channels(config)
+        self.m_source = SourceModule(self.HARMONICS)
+        self.conv_pre = nn.Conv1d(config.inter_channels, width, 7, padding=3)
+        self.cond = nn.Conv1d(config.gin_channels, width, 1)
+        self.upsamples = _upsamplers(config)
+        self.noise_convs = _noise_convs(config.upsample_rates, channels)
+        self.mrfs = [
+            [
+                MRFBlock(c, k, d)
+                for k, d in zip(
+                    config.resblock_kernel_sizes,
+                    config.resblock_dilation_sizes,
+                    strict=True,
+                )
+            ]
+            for c in channels
+        ]
+        self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding=3)
+
+    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+        """Upsampler, source convolution, residual blocks of each stage."""
+        return list(zip(self.upsamples, self.noise_convs, self.mrfs, strict=True))
+
+    def __call__(self, z: mx.array, g: mx.array, source: mx.array) -> mx.array:
+        """As ``NSFGenerator``."""
+        return self._decode(z, g, source)
