@@ -1,0 +1,382 @@
+"""The operation table: one small function per MLX primitive, registered by its name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import openvino.opset13 as op
+
+from rvc_mlx.openvino_graph import (
+    Call,
+    Sizes,
+    Value,
+    arranged,
+    constant,
+    is_static,
+    plain,
+)
+
+Operation = Callable[[Call], "Value | list[Value]"]
+OPERATIONS: dict[str, Operation] = {}
+
+_END = 2**31 - 1  # a slice end that means "to the end"
+
+
+def operation(name: str) -> Callable[[Operation], Operation]:
+    """Register the translation of the primitive ``name``."""
+
+    def register(function: Operation) -> Operation:
+        if name in OPERATIONS:
+            raise ValueError(f"{name} is registered twice")
+        OPERATIONS[name] = function
+        return function
+
+    return register
+
+
+# Element-wise.
+
+
+def _weight(value: Value) -> int:
+    return math.prod(size[0] for size in value.held)
+
+
+def elementwise(call: Call, make: Callable[..., Any]) -> Value:
+    """Apply ``make`` to inputs brought to the axis order of the largest."""
+    order = max(call.inputs, key=_weight).order
+    nodes = [arranged(value, order) for value in call.inputs]
+    held = tuple(
+        max((value.held[axis] for value in call.inputs), key=lambda size: size[0])
+        for axis in range(len(order))
+    )
+    return Value(make(*nodes), call.shapes[0], order, held)
+
+
+_UNARY: dict[str, Callable[..., Any]] = {
+    "Abs": op.abs,
+    "Cos": op.cos,
+    "Erf": op.erf,
+    "Exp": op.exp,
+    "Floor": op.floor,
+    "Log": op.log,
+    "Negative": op.negative,
+    "Sigmoid": op.sigmoid,
+    "Sin": op.sin,
+    "Square": lambda x: op.multiply(x, x),
+    "Tanh": op.tanh,
+}
+_BINARY: dict[str, Callable[..., Any]] = {
+    "Add": op.add,
+    "Subtract": op.subtract,
+    "Multiply": op.multiply,
+    "Divide": op.divide,
+    "Maximum": op.maximum,
+    "Minimum": op.minimum,
+    "Power": op.power,
+    "Equal": op.equal,
+    "Greater": op.greater,
+    "GreaterEqual": op.greater_equal,
+    "Less": op.less,
+    "Select": op.select,
+}
+for _name, _make in (_UNARY | _BINARY).items():
+    operation(_name)(lambda call, make=_make: elementwise(call, make))
+
+
+@operation("Sqrt")
+def _sqrt(call: Call) -> Value:
+    if call.arguments[0][0]:  # reciprocal
+        return elementwise(call, lambda x: op.power(x, constant(-0.5, np.float32)))
+    return elementwise(call, op.sqrt)
+
+
+@operation("AsType")
+def _as_type(call: Call) -> Value:
+    return elementwise(call, lambda x: op.convert(x, call.type))
+
+
+@operation("Arange")
+def _arange(call: Call) -> Value:
+    start, stop, step = call.arguments[0]
+    values = np.arange(start, stop, step, dtype=np.float64)
+    return plain(op.convert(op.constant(values), call.type), call.shapes[0])
+
+
+def _same(call: Call) -> Value:
+    return call.inputs[0]
+
+
+for _name in ("Contiguous", "Copy", "StopGradient", "Full"):
+    operation(_name)(_same)
+
+
+# Shape.
+
+
+@operation("Broadcast")
+def _broadcast(call: Call) -> Value:
+    value, shape = call.inputs[0], call.shapes[0]
+    one = (1,) * len(call.arguments)
+    new = len(shape) - value.rank
+    if new:
+        ranked = (one,) * new + value.shape
+        held = (one,) * new + value.held
+        order = (*range(new), *(axis + new for axis in value.order))
+        axes = constant(list(range(new)))
+        value = Value(op.unsqueeze(value.node, axes), ranked, order, held)
+    return replace(value, shape=shape)
+
+
+@operation("Transpose")
+def _transpose(call: Call) -> Value:
+    value, axes = call.inputs[0], list(call.arguments[0][0])
+    return Value(
+        value.node,
+        call.shapes[0],
+        tuple(axes.index(axis) for axis in value.order),
+        tuple(value.held[axis] for axis in axes),
+    )
+
+
+def _reshape(call: Call) -> Value:
+    return call.translator.reshape(call.inputs[0], call.shapes[0])
+
+
+for _name in ("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"):
+    operation(_name)(_reshape)
+
+
+@operation("Concatenate")
+def _concatenate(call: Call) -> Value:
+    axis = call.arguments[0][0]
+    values = [call.translator.dense(value) for value in call.inputs]
+    order = max(values, key=_weight).order
+    node = op.concat([arranged(v, order) for v in values], order.index(axis))
+    return Value(node, call.shapes[0], order, call.shapes[0])
+
+
+@operation("Split")
+def _split(call: Call) -> list[Value]:
+    axis = call.arguments[0][1]
+    value = call.translator.dense(call.inputs[0])
+    lengths = [shape[axis][0] for shape in call.shapes]
+    nodes = op.variadic_split(
+        value.node, constant(value.position(axis)), constant(lengths)
+    ).outputs()
+    return [
+        Value(node, shape, value.order, shape)
+        for node, shape in zip(nodes, call.shapes, strict=True)
+    ]
+
+
+def _slice_end(call: Call, size: Sizes, stops: Sizes) -> Any:
+    """A slice end: as it is, or counted from the end of an axis that varies."""
+    if is_static(stops) and (is_static(size) or stops[0] < 0):
+        return constant([stops[0]])
+    stops = tuple(t + s if t < 0 else t for s, t in zip(size, stops, strict=True))
+    behind = tuple(t - s for s, t in zip(size, stops, strict=True))
+    if all(b == 0 for b in behind):
+        return constant([_END])
+    return call.translator.size_node(stops if is_static(stops) else behind)
+
+
+@operation("Slice")
+def _slice(call: Call) -> Value:
+    value = call.translator.dense(call.inputs[0])
+    starts, _, steps = call.arguments[0]
+    ends = list(zip(*(a[1] for a in call.arguments), strict=True))
+    cut = [
+        axis
+        for axis in range(value.rank)
+        if call.shapes[0][axis] != value.shape[axis] or steps[axis] != 1
+    ]
+    node = value.node
+    for axis in cut:
+        end = (
+            constant([-_END])
+            if steps[axis] < 0
+            else _slice_end(call, value.shape[axis], ends[axis])
+        )
+        start = _END if steps[axis] < 0 and starts[axis] == -1 else starts[axis]
+        if steps[axis] < 0 and is_static(value.shape[axis]):
+            reverse = np.arange(value.shape[axis][0])[::-1]
+            node = op.gather(node, constant(reverse), constant(value.position(axis)))
+            continue
+        node = op.slice(
+            node,
+            constant([start]),
+            end,
+            constant([steps[axis]]),
+            constant([value.position(axis)]),
+        )
+    return Value(node, call.shapes[0], value.order, call.shapes[0])
+
+
+@operation("Pad")
+def _pad(call: Call) -> Value:
+    value = call.translator.dense(call.inputs[0])
+    axes = list(call.arguments[0][0])
+    amounts = []
+    for k in (1, 2):
+        per_axis = list(zip(*(a[k] for a in call.arguments), strict=True))
+        none = (0,) * len(call.arguments)
+        amounts.append(
+            call.translator.sizes_node(
+                [per_axis[axes.index(a)] if a in axes else none for a in value.order]
+            )
+        )
+    node = op.pad(value.node, *amounts, "constant", call.inputs[1].node)
+    return Value(node, call.shapes[0], value.order, call.shapes[0])
+
+
+@operation("Gather")
+def _gather(call: Call) -> Value:
+    axes, sizes = call.arguments[0]
+    table, index = call.inputs
+    if list(axes) != [0] or sizes[0] != 1:
+        raise NotImplementedError(f"Gather along {axes} of slices {sizes}")
+    index = call.translator.dense(index)
+    rows = op.gather(
+        arranged(table, range(table.rank)),
+        arranged(index, range(index.rank)),
+        constant(0),
+    )
+    gathered = plain(rows, (*index.shape, *table.shape[1:]))
+    return call.translator.reshape(gathered, call.shapes[0])
+
+
+# Along an axis.
+
+
+_REDUCTIONS = {2: op.reduce_sum, 3: op.reduce_prod, 4: op.reduce_min, 5: op.reduce_max}
+
+
+@operation("Reduce")
+def _reduce(call: Call) -> Value:
+    kind, axes = call.arguments[0]
+    value = call.translator.dense(call.inputs[0])
+    places = constant([value.position(axis) for axis in axes])
+    node = _REDUCTIONS[kind](value.node, places, True)
+    return Value(node, call.shapes[0], value.order, call.shapes[0])
+
+
+@operation("Scan")
+def _scan(call: Call) -> Value:
+    kind, axis, reverse, inclusive = call.arguments[0]
+    if kind != 2:
+        raise NotImplementedError(f"Scan of kind {kind}; only the sum is known")
+    value = call.translator.dense(call.inputs[0])
+    place = constant(value.position(axis))
+    node = op.cumsum(value.node, place, exclusive=not inclusive, reverse=reverse)
+    return Value(node, call.shapes[0], value.order, call.shapes[0])
+
+
+@operation("Softmax")
+def _softmax(call: Call) -> Value:
+    value = call.translator.dense(call.inputs[0])
+    node = op.softmax(value.node, value.position(value.rank - 1))
+    return Value(node, call.shapes[0], value.order, call.shapes[0])
+
+
+# Products.
+
+
+def _matrix(value: Value) -> tuple[Any, bool]:
+    """A node for a matrix product, and whether its last two axes are swapped."""
+    axes = list(range(value.rank))
+    swapped = [*axes[:-2], axes[-1], axes[-2]]
+    if list(value.order) == swapped:
+        return value.node, True
+    return arranged(value, axes), False
+
+
+@operation("Matmul")
+def _matmul(call: Call) -> Value:
+    (a, a_swapped), (b, b_swapped) = (_matrix(value) for value in call.inputs)
+    return plain(op.matmul(a, b, a_swapped, b_swapped), call.shapes[0])
+
+
+@operation("AddMM")
+def _addmm(call: Call) -> Value:
+    alpha, beta = call.arguments[0]
+    if (alpha, beta) != (1.0, 1.0):
+        raise NotImplementedError(f"AddMM with alpha {alpha} and beta {beta}")
+    product = _matmul(replace(call, inputs=call.inputs[:2]))
+    return elementwise(replace(call, inputs=[product, call.inputs[2]]), op.add)
+
+
+@operation("Convolution")
+def _convolution(call: Call) -> Value:
+    stride, low, high, dilation, input_dilation, groups, flip = call.arguments[0]
+    n = len(stride)
+    value, weight = (call.translator.dense(v) for v in call.inputs)
+    order = (0, n + 1, *range(1, n + 1))
+    x = arranged(value, order)
+    if flip or any(d != 1 for d in input_dilation):
+        if groups != 1 or any(d != 1 for d in dilation):
+            raise NotImplementedError("a grouped or dilated transposed convolution")
+        kernel = [size[0] for size in weight.shape[1:-1]]
+        pads = [k - 1 - p for k, p in zip(kernel, low, strict=True)]
+        node = op.convolution_backprop_data(
+            x,
+            arranged(weight, (n + 1, 0, *range(1, n + 1))),
+            list(input_dilation),
+            pads_begin=pads,
+            pads_end=pads,
+            dilations=[1] * n,
+            output_padding=[h - p for h, p in zip(high, low, strict=True)],
+        )
+    else:
+        w = arranged(weight, order)
+        args: Sequence[Any] = [list(stride), list(low), list(high), list(dilation)]
+        if groups == 1:
+            node = op.convolution(x, w, *args)
+        else:
+            c_out, *kernel, c_in = (size[0] for size in weight.shape)
+            shape = constant([groups, c_out // groups, c_in, *kernel])
+            node = op.group_convolution(x, op.reshape(w, shape, False), *args)
+    return Value(node, call.shapes[0], order, call.shapes[0])
+
+
+def gru_sequence(x: Any, weights: Sequence[np.ndarray], hidden_size: int) -> Any:
+    """One bidirectional GRU layer as a single OpenVINO operation.
+
+    Args:
+        x: node ``[1, T, C]``.
+        weights: torch's ``weight_ih``, ``weight_hh``, ``bias_ih``, ``bias_hh``, each
+            with both directions stacked on a new first axis; gates r, z, n.
+        hidden_size: units in each direction.
+
+    Returns:
+        Node ``[1, T, 2 * hidden_size]``, forward half first.
+    """
+
+    def z_first(a: np.ndarray) -> np.ndarray:  # OpenVINO stacks z, r, n
+        r, z, n = np.split(a, 3, axis=1)
+        return np.concatenate([z, r, n], axis=1)
+
+    w_ih, w_hh, b_ih, b_hh = (z_first(np.asarray(a, np.float32)) for a in weights)
+    # z and r take the sum of the biases; the candidate keeps them apart.
+    both = b_ih + b_hh
+    size = hidden_size
+    bias = np.concatenate(
+        [both[:, : 2 * size], b_ih[:, 2 * size :], b_hh[:, 2 * size :]], axis=1
+    )
+    length = op.gather(op.shape_of(x), constant([1]), constant(0))
+    sequence = op.gru_sequence(
+        x,
+        op.constant(np.zeros((1, 2, hidden_size), np.float32)),
+        length,
+        op.constant(w_ih),
+        op.constant(w_hh),
+        op.constant(bias.astype(np.float32)),
+        hidden_size,
+        "bidirectional",
+        linear_before_reset=True,
+    )
+    states = op.transpose(sequence.output(0), constant([0, 2, 1, 3]))
+    return op.reshape(states, constant([1, -1, 2 * hidden_size]), False)
