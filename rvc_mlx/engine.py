@@ -1,0 +1,347 @@
+"""Runs the networks: MLX on a GPU, or the same MLX graph compiled by OpenVINO on a CPU.
+
+A *seam* is one step of the conversion that goes through a network at once. An engine
+turns a seam into a callable of numpy arrays; numpy becomes ``mx.array`` only here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from rvc_mlx.models.rmvpe import GRU
+
+log = logging.getLogger("rvc_mlx")
+
+DEVICES = ("auto", "gpu", "cpu", "mlx-cpu")
+PRECISIONS = ("auto", "f32", "bf16", "f16")
+
+_DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
+_CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
+
+Step = Callable[..., mx.array]
+Run = Callable[..., np.ndarray]
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One network step to be compiled.
+
+    Attributes:
+        name: for messages and profiles.
+        identity: changes whenever weights or configuration change; names the compiled
+            model on disk.
+        build: loads the weights in the given type and returns the steps, each a pure
+            function of the one before; a ``GRU`` runs as the back end does it best.
+        inputs: shapes of the inputs at a length, each with its type.
+        lengths: one length: that is the only one used; three: the length is dynamic.
+        exact: float32 whatever the precision.
+    """
+
+    name: str
+    identity: str
+    build: Callable[[mx.Dtype], Sequence[Step]]
+    inputs: Callable[[int], Sequence[tuple[tuple[int, ...], mx.Dtype]]]
+    lengths: tuple[int, ...]
+    exact: bool = False
+
+
+class MLXEngine:
+    """Runs seams with MLX on a GPU, or on MLX's own CPU back end (slow on Linux).
+
+    Attributes:
+        device: what computes, in words.
+        precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
+        window_frames: frames that the vocoder decodes at once.
+    """
+
+    window_frames = 1024
+
+    def __init__(self, device: mx.Device, precision: str):
+        self._device = device
+        self.precision = precision
+        self.device = describe_device(device)
+
+    def bind(self, seam: Seam) -> Run:
+        """A callable for the seam; weights are loaded at its first call."""
+        steps: list[Step] = []
+        dtype = mx.float32 if seam.exact else _DTYPES[self.precision]
+
+        def composed(*arrays: mx.array) -> mx.array:
+            result: Any = arrays
+            for step in steps:
+                result = (step(*result),)
+            return result[0]
+
+        compiled = mx.compile(composed)
+
+        def run(*arrays: np.ndarray) -> np.ndarray:
+            with mx.stream(self._device):
+                if not steps:
+                    steps.extend(seam.build(dtype))
+                inputs = [_as_input(array, dtype) for array in arrays]
+                # MLX's CPU back end compiles each fused kernel with a C compiler.
+                on_cpu = self._device == mx.Device(mx.cpu)
+                result = (composed if on_cpu else compiled)(*inputs)
+                return np.array(result.astype(mx.float32))
+
+        return run
+
+
+def _as_input(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    result = mx.array(array)
+    return result.astype(dtype) if result.dtype == mx.float32 else result
+
+
+class OpenVINOEngine:
+    """Runs seams on the CPU through OpenVINO, compiled once and kept on disk.
+
+    Attributes:
+        device: what computes, in words.
+        precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
+        window_frames: frames that the vocoder decodes at once.
+    """
+
+    window_frames = 128
+
+    def __init__(self, precision: str, cache: Path | None):
+        import openvino
+
+        self._core = openvino.Core()
+        self._cache = cache
+        self._mapped: list[Any] = []
+        self.precision = precision
+        name = self._core.get_property("CPU", "FULL_DEVICE_NAME").strip()
+        self.device = f"CPU ({name}, OpenVINO)"
+
+    def bind(self, seam: Seam) -> Run:
+        """A callable for the seam; it is compiled, or read back, at its first call."""
+        requests: list[Any] = []
+
+        def run(*arrays: np.ndarray) -> np.ndarray:
+            if not requests:
+                requests.append(self._compile(seam).create_infer_request())
+            request = requests[0]
+            request.infer(list(arrays), share_inputs=True)
+            return request.get_output_tensor(0).data.copy()
+
+        return run
+
+    def _options(self, seam: Seam) -> dict[str, Any]:
+        precision = "f32" if seam.exact else self.precision
+        options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            options["INFERENCE_NUM_THREADS"] = int(threads)
+        return options
+
+    def _compile(self, seam: Seam) -> Any:
+        import openvino
+
+        path = self._cache_path(seam)
+        options = self._options(seam)
+        if path and path.exists():
+            os.utime(path)
+            # Copy-on-write, because OpenVINO wants a writable array; nothing writes.
+            blob = np.memmap(path, np.uint8, "c")
+            tensor = openvino.Tensor(blob, shared_memory=True)
+            self._mapped.append(tensor)  # the compiled model reads its weights there
+            return self._core.import_model(tensor, "CPU", options)
+        log.info("compiling %s for the CPU (once)", seam.name)
+        model = to_openvino(seam)
+        compiled = self._core.compile_model(model, "CPU", options)
+        if path:
+            _store(path, compiled.export_model())
+        return compiled
+
+    def _cache_path(self, seam: Seam) -> Path | None:
+        if self._cache is None:
+            return None
+        parts = (
+            seam.identity,
+            seam.name,
+            repr(seam.lengths),
+            repr(sorted(self._options(seam).items())),
+            self.device,
+            importlib.metadata.version("openvino"),
+            mx.__version__,
+            _source_hash(),
+        )
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+        return self._cache / f"{digest}.blob"
+
+
+def to_openvino(seam: Seam) -> Any:
+    """The seam as one OpenVINO model in float32."""
+    import openvino
+
+    from rvc_mlx.openvino_graph import translate
+    from rvc_mlx.openvino_ops import gru_sequence
+
+    with mx.stream(mx.cpu):
+        steps = seam.build(mx.float32)
+        examples = [
+            [mx.zeros(shape, dtype) for shape, dtype in seam.inputs(length)]
+            for length in seam.lengths
+        ]
+        inputs: list[Any] | None = None
+        nodes: list[Any] | None = None
+        for step in steps:
+            if isinstance(step, GRU):
+                assert nodes is not None
+                nodes = [gru_sequence(nodes[0], step.stacked(), step.hidden_size)]
+            else:
+                heads, nodes = translate(step, examples, nodes, seam.lengths)
+                inputs = heads if inputs is None else inputs
+            if step is not steps[-1]:
+                examples = [[_result_like(step, example)] for example in examples]
+    return openvino.Model(nodes, inputs, seam.name)
+
+
+def _result_like(step: Step, example: Sequence[mx.array]) -> mx.array:
+    """Zeros of the shape that ``step`` gives, without computing it."""
+    if isinstance(step, GRU):
+        return mx.zeros((*example[0].shape[:-1], 2 * step.hidden_size))
+    return mx.zeros(step(*example).shape)
+
+
+def _store(path: Path, blob: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    data = blob.getbuffer() if hasattr(blob, "getbuffer") else blob
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _prune(path.parent)
+
+
+def _prune(folder: Path) -> None:
+    """Delete the least recently used compiled models beyond the limit."""
+    files = sorted(folder.glob("*.blob"), key=lambda p: p.stat().st_mtime, reverse=True)
+    total = 0
+    for file in files:
+        total += file.stat().st_size
+        if total > _CACHE_LIMIT:
+            file.unlink(missing_ok=True)
+
+
+def _source_hash() -> str:
+    """Hash of the code that decides what a compiled model computes."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted([*here.glob("openvino_*.py"), *here.glob("models/*.py")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def fingerprint(path: Path, *settings: object) -> str:
+    """Identity of a weight file without reading all of it, joined with settings."""
+    status = path.stat()
+    digest = hashlib.sha256(
+        repr((status.st_size, status.st_mtime_ns, settings)).encode()
+    )
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 16))
+        file.seek(max(0, status.st_size - (1 << 16)))
+        digest.update(file.read())
+    return digest.hexdigest()
+
+
+def describe_device(device: mx.Device) -> str:
+    """Device as a person would name it."""
+    if device == mx.Device(mx.cpu):
+        return f"CPU ({platform.processor() or platform.machine()}, MLX)"
+    info = mx.device_info(device)
+    backend = "CUDA" if mx.cuda.is_available() else "Metal"
+    return f"GPU ({info.get('device_name', 'unknown')}, MLX {backend})"
+
+
+def gpu_available() -> bool:
+    """Whether MLX has a GPU back end that works here."""
+    return bool(mx.cuda.is_available() or mx.metal.is_available())
+
+
+def openvino_available() -> bool:
+    """Whether OpenVINO is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def cpu_precisions() -> list[str]:
+    """Precisions that this CPU computes in hardware, the fastest last."""
+    import openvino
+
+    listed = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    names = {"f32": "FP32", "f16": "FP16", "bf16": "BF16"}
+    return [name for name, capability in names.items() if capability in listed]
+
+
+def choose_engine(
+    device: str = "auto", precision: str = "auto", cache: Path | None = None
+) -> MLXEngine | OpenVINOEngine:
+    """The engine for a device and precision, or an error; never another one.
+
+    ``auto`` takes the GPU when MLX has one, else the CPU. Precision ``auto`` is bf16 on
+    CPUs that compute it in hardware, f32 elsewhere. On NVIDIA GPUs ``auto`` lets float32
+    products use TF32, ``f32`` does not.
+
+    Args:
+        device: one of ``DEVICES``.
+        precision: one of ``PRECISIONS``.
+        cache: folder for compiled models, None to keep none.
+
+    Raises:
+        ValueError: the device or precision is not to be had here; says what is.
+    """
+    if device not in DEVICES:
+        raise ValueError(
+            f"device {device!r} is unknown; choose one of {', '.join(DEVICES)}"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+        )
+    if device == "auto":
+        device = "gpu" if gpu_available() else "cpu"
+    if device == "cpu":
+        return _openvino_engine(precision, cache)
+    if device == "gpu" and not gpu_available():
+        raise ValueError(
+            "device 'gpu' was asked for, but MLX has no GPU here; use --device cpu, or "
+            "install rvc-mlx[cuda] on a machine with an NVIDIA GPU"
+        )
+    if precision == "f32":
+        os.environ["MLX_ENABLE_TF32"] = "0"
+    kind = mx.gpu if device == "gpu" else mx.cpu
+    return MLXEngine(mx.Device(kind), "f32" if precision == "auto" else precision)
+
+
+def _openvino_engine(precision: str, cache: Path | None) -> OpenVINOEngine:
+    if not openvino_available():
+        raise ValueError(
+            "device 'cpu' needs OpenVINO, which is not installed; run "
+            "pip install 'rvc-mlx[cpu]', or use --device mlx-cpu (slow)"
+        )
+    offered = cpu_precisions()
+    if precision == "auto":
+        precision = "bf16" if "bf16" in offered else "f32"
+    if precision not in offered:
+        raise ValueError(
+            f"precision {precision!r} was asked for, but this CPU computes "
+            f"{', '.join(offered)} in hardware; use one of these or auto"
+        )
+    return OpenVINOEngine(precision, cache)

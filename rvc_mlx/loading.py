@@ -1,0 +1,308 @@
+"""From weight files to callables: the content encoder, the pitch net and the voice.
+
+Reading a file costs little (its tensors stay mapped); weights are loaded when an engine
+first needs them, and not at all when it finds the compiled model on disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from rvc_mlx.checkpoint import Checkpoint, read_checkpoint
+from rvc_mlx.engine import MLXEngine, OpenVINOEngine, Run, Seam, Step, fingerprint
+from rvc_mlx.models import contentvec, rmvpe, synthesizer
+from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
+from rvc_mlx.models.layers import fold_weight_norm, load_strictly
+from rvc_mlx.models.nsf_hifigan import HiFiGAN
+from rvc_mlx.models.refinegan import RefineGANGenerator
+from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
+from rvc_mlx.models.synthesizer import Synthesizer, SynthesizerConfig
+
+Engine = MLXEngine | OpenVINOEngine
+Shape = tuple[tuple[int, ...], mx.Dtype]
+
+# Lengths at which seams of dynamic length are traced. The encoder's are 80 samples
+# more than a multiple of its hop, where its frames are an affine function of them.
+_AUDIO_LENGTHS = (320 * 50 + 80, 320 * 51 + 80, 320 * 53 + 80)
+_FRAME_LENGTHS = (50, 51, 70)
+_MEL_LENGTHS = (64, 96, 160)
+
+
+def kind_of(tensors: Mapping[str, np.ndarray]) -> str:
+    """What a state dict is: ``"voice"``, ``"contentvec"``, ``"rmvpe"`` or ``""``."""
+    kinds = {
+        "voice": synthesizer.is_voice,
+        "contentvec": contentvec.is_contentvec,
+        "rmvpe": rmvpe.is_rmvpe,
+    }
+    return next((kind for kind, test in kinds.items() if test(tensors)), "")
+
+
+def read_weights(path: str | Path, kind: str) -> Checkpoint:
+    """Read a weight file and check what it is.
+
+    Args:
+        path: a file, or a folder in the transformers layout.
+        kind: ``"voice"``, ``"contentvec"`` or ``"rmvpe"``.
+
+    Raises:
+        ValueError: the file holds something else; says what.
+        OSError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _file_in_folder(path, kind)
+    checkpoint = read_checkpoint(path)
+    found = kind_of(checkpoint.tensors)
+    names = {
+        "voice": "an RVC voice",
+        "contentvec": "a HuBERT / ContentVec encoder",
+        "rmvpe": "an RMVPE pitch network",
+        "": "a model that rvc_mlx does not know",
+    }
+    if found != kind:
+        raise ValueError(f"{path}: this is {names[found]}; expected {names[kind]}")
+    return checkpoint
+
+
+def _file_in_folder(folder: Path, kind: str) -> Path:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if kind == "contentvec" and (folder / name).is_file():
+            return folder / name
+    raise IsADirectoryError(
+        f"{folder}: a folder was given; expected a file, or for the encoder a folder "
+        "with pytorch_model.bin or model.safetensors"
+    )
+
+
+def _builder(
+    make: Callable[[], nn.Module],
+    tensors: Mapping[str, np.ndarray],
+    path: Path,
+    steps: Callable[[Any], Sequence[Step]],
+) -> Callable[[mx.Dtype], Sequence[Step]]:
+    """A seam's ``build``: make the network, load it strictly, pick its steps."""
+
+    def build(dtype: mx.Dtype) -> Sequence[Step]:
+        network = make()
+        try:
+            load_strictly(network, tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        if dtype != mx.float32:
+            network.set_dtype(dtype)
+            mx.eval(network.parameters())
+        return steps(network)
+
+    return build
+
+
+class Encoder:
+    """A content encoder bound to an engine.
+
+    Attributes:
+        path: its file.
+        config: its sizes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: Engine):
+        self.path = checkpoint.path
+        tensors = contentvec.sanitize(checkpoint.tensors)
+        metadata = _encoder_metadata(checkpoint)
+        folded = fold_weight_norm({k: v for k, v in tensors.items() if "pos_conv" in k})
+        shapes = {k: v for k, v in tensors.items() if "pos_conv" not in k} | folded
+        self.config = ContentVecConfig.from_tensors(shapes, metadata)
+        self._tensors = tensors
+        self._engine = engine
+        self._runs: dict[str, Run] = {}
+
+    def encode(self, audio: np.ndarray, version: str) -> np.ndarray:
+        """Features of 16 kHz audio ``[N]``, N >= 400: ``[F, C]`` float32."""
+        if version not in self._runs:
+            self._runs[version] = self._engine.bind(self.seam(version))
+        return self._runs[version](audio[None])[0]
+
+    def seam(self, version: str) -> Seam:
+        """The encoder for voices of ``"v1"`` or ``"v2"``."""
+        return Seam(
+            "encode",
+            fingerprint(self.path, self.config, version),
+            _builder(
+                partial(ContentVec, self.config),
+                self._tensors,
+                self.path,
+                lambda net: [partial(net, version=version)],
+            ),
+            lambda length: [((1, length), mx.float32)],
+            _AUDIO_LENGTHS,
+        )
+
+
+def _encoder_metadata(checkpoint: Checkpoint) -> Mapping[str, object]:
+    """What the tensors do not say: the number of attention heads."""
+    sidecar = checkpoint.path.with_name("config.json")
+    if checkpoint.path.suffix == ".bin" and sidecar.is_file():
+        config = json.loads(sidecar.read_text("utf-8"))
+        if config.get("do_stable_layer_norm") or config.get("conv_bias"):
+            raise ValueError(
+                f"{sidecar}: this HuBERT is of the large kind; RVC uses the base kind"
+            )
+        return {"num_heads": config["num_attention_heads"]}
+    return checkpoint.metadata
+
+
+class PitchNet:
+    """RMVPE bound to an engine.
+
+    Attributes:
+        path: its file.
+        config: its sizes.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: Engine):
+        self.path = checkpoint.path
+        self._tensors = rmvpe.sanitize(checkpoint.tensors)
+        self.config = RMVPEConfig.from_tensors(self._tensors)
+        self.salience = engine.bind(self.seam())
+
+    @property
+    def frames_multiple(self) -> int:
+        """The network takes a multiple of this many frames."""
+        return 1 << self.config.levels
+
+    def seam(self) -> Seam:
+        """Log-mel ``[1, T, n_mels]`` to salience ``[1, T, bins]``."""
+        mels = self.config.n_mels
+        return Seam(
+            "salience",
+            fingerprint(self.path, self.config),
+            _builder(
+                partial(RMVPE, self.config),
+                self._tensors,
+                self.path,
+                lambda net: [net.image_features, net.fc[0].gru, net.classify],
+            ),
+            lambda length: [((1, length, mels), mx.float32)],
+            _MEL_LENGTHS,
+        )
+
+
+class Voice:
+    """A voice bound to an engine.
+
+    Attributes:
+        path: its file.
+        config: its sizes.
+        window: frames of latent that the vocoder takes at once.
+        context: of these, frames on each side that only serve as context.
+        source_context: frames of source beyond the window on each side.
+        speakers: embeddings ``[speakers, gin_channels]`` float32.
+        prior: features, noise, speaker [, coarse pitch] to latent.
+        source: excitation, see ``SineSource``; None without F0.
+        vocoder: latent, speaker [, source [, noises]] to audio.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: Engine):
+        self.path = checkpoint.path
+        self.metadata = checkpoint.metadata
+        self._tensors = synthesizer.sanitize(checkpoint.tensors)
+        self.config = voice_config(checkpoint)
+        self.speakers = self._tensors["emb_g.weight"].astype(np.float32)
+        vocoder = Synthesizer(self.config).dec
+        assert isinstance(vocoder, HiFiGAN | RefineGANGenerator)
+        self.context = vocoder.context
+        self.source_context = getattr(vocoder, "source_context", 0)
+        self.harmonics = getattr(vocoder, "HARMONICS", 0)
+        self.noise_shapes: list[tuple[int, int]] = (
+            vocoder.noise_shapes() if isinstance(vocoder, RefineGANGenerator) else []
+        )
+        self.window = engine.window_frames + 2 * self.context
+        self.prior = engine.bind(self.prior_seam())
+        self.source = engine.bind(self.source_seam()) if self.config.f0 else None
+        self.vocoder = engine.bind(self.vocoder_seam())
+
+    def _seam(
+        self,
+        name: str,
+        steps: Callable[[Synthesizer], Sequence[Step]],
+        inputs: Callable[[int], Sequence[Shape]],
+        lengths: tuple[int, ...],
+        exact: bool = False,
+    ) -> Seam:
+        make = partial(Synthesizer, self.config)
+        return Seam(
+            name,
+            fingerprint(self.path, self.config),
+            _builder(make, self._tensors, self.path, steps),
+            inputs,
+            lengths,
+            exact,
+        )
+
+    def prior_seam(self) -> Seam:
+        """Text encoder, prior sample and inverse flow."""
+        config = self.config
+
+        def inputs(T: int) -> list[Shape]:
+            shapes: list[Shape] = [
+                ((1, T, config.feature_size), mx.float32),
+                ((1, T, config.inter_channels), mx.float32),
+                ((1, 1, config.gin_channels), mx.float32),
+            ]
+            return shapes + ([((1, T), mx.int32)] if config.f0 else [])
+
+        return self._seam("prior", lambda net: [net.prior], inputs, _FRAME_LENGTHS)
+
+    def source_seam(self) -> Seam:
+        """Harmonic source of one window; always float32."""
+        U, H = self.config.samples_per_frame, self.harmonics
+
+        def inputs(T: int) -> list[Shape]:
+            shapes = [(1, T, U), (1, T), (1, 1, H), (1, T * U, H)]
+            return [(shape, mx.float32) for shape in shapes]
+
+        length = self.window + 2 * self.source_context
+        return self._seam(
+            "source", lambda net: [net.dec.m_source], inputs, (length,), exact=True
+        )
+
+    def vocoder_seam(self) -> Seam:
+        """Vocoder of one window."""
+        config, U = self.config, self.config.samples_per_frame
+
+        def inputs(T: int) -> list[Shape]:
+            shapes = [(1, T, config.inter_channels), (1, 1, config.gin_channels)]
+            if config.f0:
+                shapes.append((1, (T + 2 * self.source_context) * U, 1))
+            shapes += [(1, T * n, 6 * channels) for n, channels in self.noise_shapes]
+            return [(shape, mx.float32) for shape in shapes]
+
+        return self._seam("vocoder", lambda net: [net.dec], inputs, (self.window,))
+
+
+def voice_config(checkpoint: Checkpoint) -> SynthesizerConfig:
+    """Configuration of a voice file.
+
+    Raises:
+        ValueError: it is a training checkpoint, which has no configuration of its own,
+            or its configuration is not RVC's.
+    """
+    config = checkpoint.metadata.get("config")
+    if config is None:
+        raise ValueError(
+            f"{checkpoint.path}: a training checkpoint without the voice's settings; "
+            "extract the voice from it first: rvc-mlx convert-model "
+            f"{checkpoint.path.name} voice.safetensors --sample-rate 40000"
+        )
+    try:
+        return SynthesizerConfig.from_tensors(config, checkpoint.tensors)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from error

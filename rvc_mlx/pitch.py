@@ -1,0 +1,241 @@
+"""Pitch: salience to F0, the user's changes to it, and what the networks take.
+
+F0 is in Hz at 100 frames per second, 0 where unvoiced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from rvc_mlx.spectral import HOP_LENGTH, N_FFT, log_mel
+
+FRAME_RATE = 100  # frames per second
+FRAME_LENGTH = HOP_LENGTH  # samples of 16 kHz audio per frame
+
+CENTS_PER_BIN = 20
+FIRST_BIN_CENTS = 1997.3794084376191  # of bin 0, above 10 Hz
+VOICING_THRESHOLD = 0.03  # salience at or below which a frame is unvoiced
+
+F0_MIN, F0_MAX = 50.0, 1100.0  # Hz, range of the coarse pitch
+COARSE_BINS = 255
+
+CHUNK_FRAMES = 6400  # frames that go through the network at once (a multiple of 32)
+CHUNK_CONTEXT = 256  # of these, frames on each inner side that are thrown away
+
+AUTOTUNE_NOTES = np.round(440 * 2 ** ((np.arange(31, 85) - 69) / 12), 2)  # G1..C6, Hz
+
+Reader = Callable[[int, int], np.ndarray]
+
+
+def decode_salience(
+    salience: np.ndarray, threshold: float = VOICING_THRESHOLD
+) -> np.ndarray:
+    """F0 of each frame: mean of the nine bins around the strongest, weighted.
+
+    Args:
+        salience: ``[T, bins]`` in 0..1.
+        threshold: frames whose strongest bin is not above it are unvoiced.
+
+    Returns:
+        ``[T]`` float64 in Hz, 0 where unvoiced.
+
+    Source: RMVPE ``to_local_average_cents``.
+    """
+    T, bins = salience.shape
+    cents = np.pad(CENTS_PER_BIN * np.arange(bins) + FIRST_BIN_CENTS, 4)
+    padded = np.pad(salience.astype(np.float64), ((0, 0), (4, 4)))
+    peak = salience.argmax(axis=1)
+    near = peak[:, None] + np.arange(9)  # [T, 9]
+    weights = np.take_along_axis(padded, near, axis=1)
+    total = np.maximum(weights.sum(axis=1), 1e-12)
+    f0 = 10 * 2 ** ((weights * cents[near]).sum(axis=1) / total / 1200)
+    voiced = salience[np.arange(T), peak] > threshold
+    return np.where(voiced, f0, 0.0)
+
+
+def estimate_f0(
+    salience: Callable[[np.ndarray], np.ndarray],
+    read: Reader,
+    length: int,
+    n_mels: int = 128,
+    threshold: float = VOICING_THRESHOLD,
+    frames_multiple: int = 32,
+    mel_padding: str = "reflect",
+    chunk_frames: int = CHUNK_FRAMES,
+) -> np.ndarray:
+    """F0 of a signal of any length, in chunks with context.
+
+    Up to ``chunk_frames`` the network sees the signal whole. Beyond, neighbouring
+    chunks overlap and only their inner parts are kept::
+
+        |--------kept--------|ctx|
+                         |ctx|--------kept--------|ctx|
+
+    Args:
+        salience: log-mel ``[1, T, n_mels]`` to salience ``[1, T, bins]``.
+        read: samples ``start..stop`` of the signal, float32 at 16 kHz.
+        length: samples in the signal, more than 512.
+        n_mels: mel bands of the network.
+        threshold: see ``decode_salience``.
+        frames_multiple: the network takes a multiple of this many frames.
+        mel_padding: how the last chunk is filled up: ``"reflect"`` (Applio) or
+            ``"constant"`` (zeros, the WebUI).
+        chunk_frames: frames per chunk, a multiple of ``frames_multiple``.
+
+    Returns:
+        ``[length // 160 + 1]`` float64 in Hz.
+    """
+    total = length // HOP_LENGTH + 1
+    f0 = np.zeros(total)
+    kept = 0
+    while kept < total:
+        start = max(0, kept - CHUNK_CONTEXT)
+        start -= start % frames_multiple
+        stop = min(start + chunk_frames, total)
+        mel = _mel_frames(read, length, start, stop, n_mels)
+        mel = _fill_up(mel, frames_multiple, mel_padding)
+        chunk = decode_salience(salience(mel[None])[0][: stop - start], threshold)
+        until = stop if stop == total else stop - CHUNK_CONTEXT
+        f0[kept:until] = chunk[kept - start : until - start]
+        kept = until
+    return f0
+
+
+def _mel_frames(
+    read: Reader, length: int, start: int, stop: int, n_mels: int
+) -> np.ndarray:
+    """Log-mel frames ``start..stop`` of the signal, reflected at its two ends."""
+    first = start * HOP_LENGTH - N_FFT // 2
+    last = (stop - 1) * HOP_LENGTH + N_FFT // 2
+    samples = read(max(first, 0), min(last, length))
+    pads = (max(-first, 0), max(last - length, 0))
+    return log_mel(np.pad(samples, pads, mode="reflect"), n_mels)
+
+
+def _fill_up(mel: np.ndarray, multiple: int, padding: str) -> np.ndarray:
+    missing = -len(mel) % multiple
+    return np.pad(mel, ((0, missing), (0, 0)), mode=padding) if missing else mel  # type: ignore[call-overload]
+
+
+def shift_f0(f0: np.ndarray, semitones: float) -> np.ndarray:
+    """Transpose F0 ``[T]`` in Hz by semitones."""
+    return f0 * 2 ** (semitones / 12)
+
+
+def quantize_f0(f0: np.ndarray) -> np.ndarray:
+    """Coarse pitch: 255 equal steps on the mel scale between 50 and 1100 Hz.
+
+    Args:
+        f0: ``[T]`` in Hz, 0 where unvoiced.
+
+    Returns:
+        ``[T]`` int32 in 1..255; unvoiced is 1.
+
+    Source: RVC ``Pipeline.get_f0``.
+    """
+    mel = 1127 * np.log1p(f0 / 700)
+    low, high = 1127 * np.log1p(np.array([F0_MIN, F0_MAX]) / 700)
+    steps = (mel - low) * (COARSE_BINS - 1) / (high - low) + 1
+    return np.rint(np.clip(steps, 1, COARSE_BINS)).astype(np.int32)
+
+
+def autotune_f0(f0: np.ndarray, strength: float) -> np.ndarray:
+    """Pull voiced frames towards the nearest semitone from G1 to C6.
+
+    Unlike Applio's, unvoiced frames stay unvoiced and the key shift still applies.
+
+    Args:
+        f0: ``[T]`` in Hz.
+        strength: 0 (off) to 1 (on the note).
+    """
+    nearest = AUTOTUNE_NOTES[np.abs(f0[:, None] - AUTOTUNE_NOTES).argmin(axis=1)]
+    return np.where(f0 > 0, f0 + (nearest - f0) * strength, 0.0)
+
+
+def propose_shift(f0: np.ndarray, target: float) -> int:
+    """Semitones, at most an octave, that bring the median F0 to ``target`` Hz.
+
+    Source: Applio's ``proposed_pitch`` (155 Hz for male, 255 Hz for female voices).
+    """
+    voiced = np.flatnonzero(f0 > 0)
+    if len(voiced) < 2:
+        return 0
+    filled = np.interp(np.arange(len(f0)), voiced, f0[voiced])
+    return int(np.clip(np.round(12 * np.log2(target / np.median(filled))), -12, 12))
+
+
+def read_f0_file(path: str | Path) -> np.ndarray:
+    """A pitch curve as the classic WebUI reads it: lines ``seconds,hertz``.
+
+    Returns:
+        ``[points, 2]`` float64, sorted by time.
+
+    Raises:
+        ValueError: a line is not two numbers, or there is none.
+    """
+    points = []
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            seconds, hertz = (float(field) for field in line.split(","))
+        except ValueError:
+            raise ValueError(
+                f"{path}, line {number}: {line.strip()!r} is not 'seconds,hertz'"
+            ) from None
+        points.append((seconds, hertz))
+    if not points:
+        raise ValueError(f"{path}: no lines 'seconds,hertz' in it")
+    return np.array(sorted(points))
+
+
+def overlay_f0(f0: np.ndarray, points: np.ndarray, first_frame: int) -> np.ndarray:
+    """Write a curve of ``read_f0_file`` over F0 ``[T]`` from ``first_frame`` on."""
+    seconds, hertz = points.T
+    count = int(np.round((seconds[-1] - seconds[0]) * FRAME_RATE + 1))
+    grid = seconds[0] + np.arange(count) / FRAME_RATE
+    start = first_frame + int(np.round(seconds[0] * FRAME_RATE))
+    curve = np.interp(grid, seconds, hertz)[: max(len(f0) - start, 0)]
+    result = f0.copy()
+    result[start : start + len(curve)] = curve
+    return result
+
+
+def sample_cycles(
+    f0: np.ndarray, samples_per_frame: int, linear: bool = False
+) -> np.ndarray:
+    """Cycles that the oscillator advances at each output sample.
+
+    Args:
+        f0: ``[T]`` in Hz.
+        samples_per_frame: ``U``; the sample rate is ``100 * U``.
+        linear: interpolate between frames (RefineGAN) instead of holding each.
+
+    Returns:
+        ``[T, U]`` float64.
+    """
+    T, U = len(f0), samples_per_frame
+    if linear:
+        position = (np.arange(T * U) + 0.5) / U - 0.5
+        curve = np.interp(position, np.arange(T), f0).reshape(T, U)
+    else:
+        curve = np.broadcast_to(f0[:, None], (T, U))
+    return curve / (FRAME_RATE * U)
+
+
+def frame_phases(cycles: np.ndarray) -> np.ndarray:
+    """Phase before each frame, in cycles within -0.5..0.5.
+
+    Accumulated in float64: a float32 sum is off by 1e-4 after ten seconds.
+
+    Args:
+        cycles: ``[T, U]`` of ``sample_cycles``.
+
+    Returns:
+        ``[T]`` float32.
+    """
+    phase = np.cumsum(cycles.sum(axis=1)) - cycles.sum(axis=1)
+    return (phase - np.rint(phase)).astype(np.float32)
