@@ -177,7 +177,7 @@ class OpenVINOEngine:
             repr(sorted(self._options(seam).items())),
             self.device,
             importlib.metadata.version("openvino"),
-            mx.__version__,
+            importlib.metadata.version("mlx"),
             _source_hash(),
         )
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx.checkpoint import Checkpoint, read_checkpoint
+from rvc_mlx.download import locate
 from rvc_mlx.engine import MLXEngine, OpenVINOEngine, Run, Seam, Step, fingerprint
 from rvc_mlx.models import contentvec, rmvpe, synthesizer
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
@@ -24,7 +25,8 @@ from rvc_mlx.models.layers import fold_weight_norm, load_strictly
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.refinegan import RefineGANGenerator
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
-from rvc_mlx.models.synthesizer import Synthesizer, SynthesizerConfig
+from rvc_mlx.models.synthesizer import Synthesizer
+from rvc_mlx.models.voice_config import SynthesizerConfig
 
 Engine = MLXEngine | OpenVINOEngine
 Shape = tuple[tuple[int, ...], mx.Dtype]
@@ -83,6 +85,39 @@ def _file_in_folder(folder: Path, kind: str) -> Path:
     )
 
 
+# Names under which a kind of weights may have been downloaded, the best first.
+_DOWNLOADS = {
+    "contentvec": ("contentvec", "hubert", "hubert-fairseq"),
+    "rmvpe": ("rmvpe",),
+}
+
+
+def find_weights(kind: str, wanted: str) -> Path:
+    """A downloaded weight file.
+
+    Args:
+        kind: ``"contentvec"`` or ``"rmvpe"``.
+        wanted: what the voice names; another encoder would give another voice.
+
+    Raises:
+        FileNotFoundError: it is not there; says how to get it.
+        ValueError: the voice names an encoder that has no download.
+    """
+    option = "--encoder" if kind == "contentvec" else "--rmvpe"
+    if wanted != kind:
+        raise ValueError(
+            f"this voice was trained with the encoder {wanted!r}, which has no download; "
+            f"pass its file with {option}"
+        )
+    for name in _DOWNLOADS[kind]:
+        if path := locate(name):
+            return path
+    raise FileNotFoundError(
+        f"no {kind} weights found; get them once with: rvc-mlx download {kind} "
+        f"(or pass a file with {option})"
+    )
+
+
 def _builder(
     make: Callable[[], nn.Module],
     tensors: Mapping[str, np.ndarray],
@@ -116,7 +151,7 @@ class Encoder:
     def __init__(self, checkpoint: Checkpoint, engine: Engine):
         self.path = checkpoint.path
         tensors = contentvec.sanitize(checkpoint.tensors)
-        metadata = _encoder_metadata(checkpoint)
+        metadata = encoder_metadata(checkpoint)
         folded = fold_weight_norm({k: v for k, v in tensors.items() if "pos_conv" in k})
         shapes = {k: v for k, v in tensors.items() if "pos_conv" not in k} | folded
         self.config = ContentVecConfig.from_tensors(shapes, metadata)
@@ -146,7 +181,7 @@ class Encoder:
         )
 
 
-def _encoder_metadata(checkpoint: Checkpoint) -> Mapping[str, object]:
+def encoder_metadata(checkpoint: Checkpoint) -> Mapping[str, object]:
     """What the tensors do not say: the number of attention heads."""
     sidecar = checkpoint.path.with_name("config.json")
     if checkpoint.path.suffix == ".bin" and sidecar.is_file():
@@ -298,9 +333,9 @@ def voice_config(checkpoint: Checkpoint) -> SynthesizerConfig:
     config = checkpoint.metadata.get("config")
     if config is None:
         raise ValueError(
-            f"{checkpoint.path}: a training checkpoint without the voice's settings; "
-            "extract the voice from it first: rvc-mlx convert-model "
-            f"{checkpoint.path.name} voice.safetensors --sample-rate 40000"
+            f"{checkpoint.path}: a training checkpoint, which lacks the voice's "
+            "settings; extract the voice from it first: rvc-mlx convert-model "
+            f"{checkpoint.path.name} voice.safetensors"
         )
     try:
         return SynthesizerConfig.from_tensors(config, checkpoint.tensors)

@@ -190,7 +190,9 @@ class Translator:
         """Target of a reshape; one unknown size is left to OpenVINO."""
         dynamic = [not is_static(size) for size in sizes]
         if sum(dynamic) == 1:
-            return constant([-1 if d else s[0] for d, s in zip(dynamic, sizes)])
+            return constant(
+                [-1 if d else s[0] for d, s in zip(dynamic, sizes, strict=True)]
+            )
         return self.sizes_node(sizes)
 
 

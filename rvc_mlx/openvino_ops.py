@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "Select": op.select,
 }
 for _name, _make in (_UNARY | _BINARY).items():
-    operation(_name)(lambda call, make=_make: elementwise(call, make))
+    operation(_name)(partial(elementwise, make=_make))
 
 
 @operation("Sqrt")
@@ -294,10 +295,12 @@ def _matrix(value: Value) -> tuple[Any, bool]:
     return arranged(value, axes), False
 
 
-@operation("Matmul")
-def _matmul(call: Call) -> Value:
-    (a, a_swapped), (b, b_swapped) = (_matrix(value) for value in call.inputs)
+def _product(call: Call) -> Value:
+    (a, a_swapped), (b, b_swapped) = (_matrix(value) for value in call.inputs[:2])
     return plain(op.matmul(a, b, a_swapped, b_swapped), call.shapes[0])
+
+
+operation("Matmul")(_product)
 
 
 @operation("AddMM")
@@ -305,8 +308,8 @@ def _addmm(call: Call) -> Value:
     alpha, beta = call.arguments[0]
     if (alpha, beta) != (1.0, 1.0):
         raise NotImplementedError(f"AddMM with alpha {alpha} and beta {beta}")
-    product = _matmul(replace(call, inputs=call.inputs[:2]))
-    return elementwise(replace(call, inputs=[product, call.inputs[2]]), op.add)
+    inputs = [_product(call), call.inputs[2]]
+    return elementwise(replace(call, inputs=inputs), op.add)
 
 
 @operation("Convolution")

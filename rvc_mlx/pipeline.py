@@ -21,8 +21,16 @@ import numpy as np
 from rvc_mlx import pitch
 from rvc_mlx.audio import SAMPLE_RATE, high_pass_spool, resample, resample_blocks
 from rvc_mlx.audio_io import AudioReader, AudioWriter, load_spool
-from rvc_mlx.faiss_file import Index
-from rvc_mlx.loading import Encoder, PitchNet, Voice
+from rvc_mlx.download import cache_folder
+from rvc_mlx.engine import choose_engine
+from rvc_mlx.loading import (
+    Encoder,
+    Engine,
+    PitchNet,
+    Voice,
+    find_weights,
+    read_weights,
+)
 from rvc_mlx.loudness import (
     Envelope,
     SilenceGate,
@@ -35,7 +43,7 @@ from rvc_mlx.loudness import (
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.output_format import check_output
-from rvc_mlx.retrieval import blend_features
+from rvc_mlx.retrieval import Index, blend_features, read_index
 from rvc_mlx.spool import Spool
 
 log = logging.getLogger("rvc_mlx")
@@ -172,7 +180,16 @@ def plan_segments(audio: Spool, options: ConversionOptions) -> list[Segment]:
 
 
 class VoiceConverter:
-    """A voice, an encoder and a pitch net, ready to convert; see ``load``."""
+    """A voice, an encoder and a pitch net, ready to convert; see ``load``.
+
+    Attributes:
+        voice: the voice.
+        encoder: what hears the words.
+        pitch_net: what hears the pitch; None for a voice without F0.
+        index: features of the voice's training data, or None.
+        device: what computes, in words.
+        precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
+    """
 
     def __init__(
         self,
@@ -180,8 +197,7 @@ class VoiceConverter:
         encoder: Encoder,
         pitch_net: PitchNet | None,
         index: Index | None = None,
-        device: str = "",
-        precision: str = "",
+        engine: Engine | None = None,
     ):
         width = encoder.config.feature_size(voice.config.version)
         if width != voice.config.feature_size:
@@ -190,9 +206,9 @@ class VoiceConverter:
                 f"features ({voice.config.version}), but {encoder.path} gives {width}; "
                 "pass the encoder it was trained with"
             )
-        if index is not None and index.vectors.shape[1] != width:
+        if index is not None and index.width != width:
             raise ValueError(
-                f"{index.path}: this index holds {index.vectors.shape[1]}-wide "
+                f"{index.path}: this index holds {index.width}-wide "
                 f"features, the voice uses {width}; pass the index made for it"
             )
         if voice.config.f0 and pitch_net is None:
@@ -203,8 +219,8 @@ class VoiceConverter:
         self.encoder = encoder
         self.pitch_net = pitch_net if voice.config.f0 else None
         self.index = index
-        self.device = device
-        self.precision = precision
+        self.device = engine.device if engine else ""
+        self.precision = engine.precision if engine else ""
 
     @property
     def sample_rate(self) -> int:
@@ -286,6 +302,51 @@ class VoiceConverter:
                 report.samples = writer.frames
         report.seconds = frames / reader.sample_rate
         return report
+
+
+def load(
+    voice: str | Path,
+    index: str | Path | None = None,
+    *,
+    encoder: str | Path | None = None,
+    rmvpe: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+) -> VoiceConverter:
+    """Load a voice and what it needs.
+
+    Args:
+        voice: an RVC voice: ``.pth``, ``.safetensors`` or ``.npz``.
+        index: its ``.index`` file, or None to convert without retrieval.
+        encoder: content encoder; None finds the downloaded one that the voice names.
+        rmvpe: pitch network; None finds the downloaded one.
+        device: ``"auto"``, ``"gpu"``, ``"cpu"`` or ``"mlx-cpu"``.
+        precision: ``"auto"``, ``"f32"``, ``"bf16"`` or ``"f16"``.
+
+    Returns:
+        A converter; ``convert`` and ``convert_file`` can be called any number of times.
+
+    Raises:
+        ValueError: a file is of another kind, files do not fit together, or device or
+            precision are not to be had.
+        OSError: a file is missing or cannot be read.
+    """
+    engine = choose_engine(device, precision, cache_folder() / "compiled")
+    checkpoint = read_weights(voice, "voice")
+    bound = Voice(checkpoint, engine)
+    embedder = str(checkpoint.metadata.get("embedder_model") or "contentvec")
+    encoder_path = encoder or find_weights("contentvec", embedder)
+    net = None
+    if bound.config.f0:
+        path = rmvpe or find_weights("rmvpe", "rmvpe")
+        net = PitchNet(read_weights(path, "rmvpe"), engine)
+    return VoiceConverter(
+        bound,
+        Encoder(read_weights(encoder_path, "contentvec"), engine),
+        net,
+        None if index is None else read_index(index),
+        engine,
+    )
 
 
 def _as_mono(audio: np.ndarray) -> np.ndarray:

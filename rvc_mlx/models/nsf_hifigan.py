@@ -9,29 +9,21 @@ Frames run at 100 per second; a frame is ``U = prod(upsample_rates)`` samples.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.models.layers import LRELU_SLOPE, ResBlock, leaky_relu
+from rvc_mlx.models.voice_config import SynthesizerConfig
 
 SINE_AMPLITUDE = 0.1
 VOICED_NOISE = 0.003  # deviation of the noise on a voiced sample
 UNVOICED_NOISE = SINE_AMPLITUDE / 3
 
 
-class VocoderConfig(Protocol):
-    """What a vocoder reads of the synthesizer's configuration."""
-
-    inter_channels: int
-    gin_channels: int
-    upsample_rates: tuple[int, ...]
-    upsample_kernel_sizes: tuple[int, ...]
-    upsample_initial_channel: int
-    resblock_kernel_sizes: tuple[int, ...]
-    resblock_dilation_sizes: tuple[tuple[int, ...], ...]
-    sample_rate: int
+# Upsampler, source convolution and residual blocks.
+Stage = tuple[nn.Module, nn.Module | None, Sequence[nn.Module]]
 
 
 class SineSource(nn.Module):
@@ -87,7 +79,7 @@ def _noise_convs(rates: tuple[int, ...], channels: list[int]) -> list[nn.Conv1d]
     return convs
 
 
-def _upsamplers(config: VocoderConfig) -> list[nn.ConvTranspose1d]:
+def _upsamplers(config: SynthesizerConfig) -> list[nn.ConvTranspose1d]:
     width = config.upsample_initial_channel
     return [
         nn.ConvTranspose1d(
@@ -104,14 +96,14 @@ def _upsamplers(config: VocoderConfig) -> list[nn.ConvTranspose1d]:
     ]
 
 
-def _stage_channels(config: VocoderConfig) -> list[int]:
+def _stage_channels(config: SynthesizerConfig) -> list[int]:
     return [
         config.upsample_initial_channel >> (i + 1)
         for i in range(len(config.upsample_rates))
     ]
 
 
-def hifigan_context(config: VocoderConfig) -> int:
+def hifigan_context(config: SynthesizerConfig) -> int:
     """Frames on each side that one output frame of a HiFi-GAN depends on."""
     widest = max(
         sum((k - 1) // 2 * (d + 1) for d in dilations)
@@ -136,7 +128,7 @@ class HiFiGAN(nn.Module):
     ``stages``.
     """
 
-    def __init__(self, config: VocoderConfig):
+    def __init__(self, config: SynthesizerConfig):
         super().__init__()
         self._context = hifigan_context(config)
 
@@ -145,7 +137,7 @@ class HiFiGAN(nn.Module):
         """Frames on each side that one output frame depends on."""
         return self._context
 
-    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+    def stages(self) -> list[Stage]:
         """Upsampler, source convolution and residual blocks of each stage."""
         raise NotImplementedError
 
@@ -161,9 +153,9 @@ class HiFiGAN(nn.Module):
 
 
 class Generator(HiFiGAN):
-    """HiFi-GAN without F0 (key ``dec`` of voices without pitch)."""
+    """HiFi-GAN; without F0 the vocoder itself (key ``dec`` of voices without pitch)."""
 
-    def __init__(self, config: VocoderConfig):
+    def __init__(self, config: SynthesizerConfig):
         super().__init__(config)
         width = config.upsample_initial_channel
         channels = _stage_channels(config)
@@ -181,7 +173,7 @@ class Generator(HiFiGAN):
         ]
         self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding=3, bias=False)
 
-    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+    def stages(self) -> list[Stage]:
         """Upsampler, no source, residual blocks of each stage."""
         n = len(self.resblocks) // len(self.ups)
         return [
@@ -189,9 +181,20 @@ class Generator(HiFiGAN):
             for i, up in enumerate(self.ups)
         ]
 
-    def __call__(self, z: mx.array, g: mx.array) -> mx.array:
-        """Latent ``[B, T, C]`` and speaker ``[B, 1, gin]`` to audio ``[B, T * U]``."""
-        return self._decode(z, g, None)
+    def __call__(
+        self, z: mx.array, g: mx.array, source: mx.array | None = None
+    ) -> mx.array:
+        """Decode.
+
+        Args:
+            z: latent ``[B, T, inter_channels]``.
+            g: speaker ``[B, 1, gin_channels]``.
+            source: excitation ``[B, T * U, 1]``; None without F0.
+
+        Returns:
+            Audio ``[B, T * U]`` in -1..1.
+        """
+        return self._decode(z, g, source)
 
 
 class SourceModule(SineSource):
@@ -203,12 +206,12 @@ class NSFGenerator(Generator):
 
     HARMONICS = 1
 
-    def __init__(self, config: VocoderConfig):
+    def __init__(self, config: SynthesizerConfig):
         super().__init__(config)
         self.m_source = SourceModule(self.HARMONICS)
         self.noise_convs = _noise_convs(config.upsample_rates, _stage_channels(config))
 
-    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+    def stages(self) -> list[Stage]:
         """Upsampler, source convolution, residual blocks of each stage."""
         return [
             (up, conv, blocks)
@@ -216,19 +219,6 @@ class NSFGenerator(Generator):
                 super().stages(), self.noise_convs, strict=True
             )
         ]
-
-    def __call__(self, z: mx.array, g: mx.array, source: mx.array) -> mx.array:
-        """Decode.
-
-        Args:
-            z: latent ``[B, T, inter_channels]``.
-            g: speaker ``[B, 1, gin_channels]``.
-            source: excitation ``[B, T * U, 1]``.
-
-        Returns:
-            Audio ``[B, T * U]`` in -1..1.
-        """
-        return self._decode(z, g, source)
 
 
 class MRFLayer(nn.Module):
@@ -266,7 +256,7 @@ class MRFGenerator(HiFiGAN):
 
     HARMONICS = 9
 
-    def __init__(self, config: VocoderConfig):
+    def __init__(self, config: SynthesizerConfig):
         super().__init__(config)
         width = config.upsample_initial_channel
         channels = _stage_channels(config)
@@ -288,7 +278,7 @@ class MRFGenerator(HiFiGAN):
         ]
         self.conv_post = nn.Conv1d(channels[-1], 1, 7, padding=3)
 
-    def stages(self) -> list[tuple[nn.Module, nn.Module | None, list[nn.Module]]]:
+    def stages(self) -> list[Stage]:
         """Upsampler, source convolution, residual blocks of each stage."""
         return list(zip(self.upsamples, self.noise_convs, self.mrfs, strict=True))
 

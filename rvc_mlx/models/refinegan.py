@@ -7,6 +7,7 @@ up again with the intermediate signals as skips; small noise is added at every b
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import mlx.core as mx
@@ -14,7 +15,8 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx.models.layers import ResBlock, leaky_relu
-from rvc_mlx.models.nsf_hifigan import SineSource, VocoderConfig
+from rvc_mlx.models.nsf_hifigan import SineSource
+from rvc_mlx.models.voice_config import SynthesizerConfig
 
 SLOPE = 0.2
 CHANNELS = 512  # of the latent joined with the source, halved at each stage
@@ -115,11 +117,11 @@ class ParallelResBlock(nn.Module):
         """``[B, L, C_in]`` and noise ``[B, L, 6 * C_out]`` to ``[B, L, C_out]``."""
         x = self.input_conv(x)
         noises = mx.split(noise, 2 * len(self.blocks), axis=-1)
-        total = None
-        for i, (before, block, after) in enumerate(self.blocks):
-            y = after(block(before(x, noises[2 * i])), noises[2 * i + 1])
-            total = y if total is None else total + y
-        return total / len(self.blocks)
+        branches = [
+            after(block(before(x, noises[2 * i])), noises[2 * i + 1])
+            for i, (before, block, after) in enumerate(self.blocks)
+        ]
+        return (branches[0] + branches[1] + branches[2]) / len(branches)
 
 
 class MergedSource(SineSource):
@@ -141,7 +143,7 @@ class RefineGANGenerator(nn.Module):
 
     HARMONICS = 1
 
-    def __init__(self, config: VocoderConfig):
+    def __init__(self, config: SynthesizerConfig):
         super().__init__()
         rates = config.upsample_rates
         bottom = CHANNELS // 2
@@ -160,7 +162,7 @@ class RefineGANGenerator(nn.Module):
         widths = [CHANNELS >> i for i in range(len(rates) + 1)]
         self.upsample_conv_blocks = [
             ParallelResBlock(c_in + c_in // 4, c_out)
-            for c_in, c_out in zip(widths[:-1], widths[1:], strict=True)
+            for c_in, c_out in itertools.pairwise(widths)
         ]
         self.conv_post = nn.Conv1d(widths[-1], 1, 7, padding=3, bias=False)
 

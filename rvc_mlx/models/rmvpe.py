@@ -6,6 +6,7 @@ The image is ``[B, T, n_mels, C]``: height is time, width is the mel axis.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,8 +105,7 @@ class Encoder(nn.Module):
         self.bn = nn.BatchNorm(1)
         widths = [1, *(config.base_channels << i for i in range(config.levels))]
         self.layers = [
-            ResEncoderBlock(a, b, config.blocks)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ResEncoderBlock(a, b, config.blocks) for a, b in itertools.pairwise(widths)
         ]
         self._pool = nn.AvgPool2d(2, stride=2)
 
@@ -172,8 +172,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.base_channels << i for i in range(config.levels, -1, -1)]
         self.layers = [
-            ResDecoderBlock(a, b, config.blocks)
-            for a, b in zip(widths[:-1], widths[1:], strict=True)
+            ResDecoderBlock(a, b, config.blocks) for a, b in itertools.pairwise(widths)
         ]
 
     def __call__(self, x: mx.array, skips: list[mx.array]) -> mx.array:

@@ -216,7 +216,7 @@ class WN(nn.Module):
         C = x.shape[-1]
         last = len(self.in_layers) - 1
         conditions = mx.split(self.cond_layer(g), last + 1, axis=-1)
-        output = None
+        output = mx.zeros_like(x)
         for i, (gated, res_skip) in enumerate(
             zip(self.in_layers, self.res_skip_layers, strict=True)
         ):
@@ -225,7 +225,7 @@ class WN(nn.Module):
             if i < last:
                 x = _masked(x + y[..., :C], mask)
                 y = y[..., C:]
-            output = y if output is None else output + y
+            output = output + y
         return _masked(output, mask)
 
 
