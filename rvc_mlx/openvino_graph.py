@@ -37,6 +37,9 @@ Sizes = tuple[int, ...]  # one size of an axis, in each trace
 # Primitives whose arguments hold sizes; those of all others must not vary.
 _SIZED = {"Broadcast", "Flatten", "Full", "Pad", "Reshape", "Slice", "Unflatten"}
 
+# Primitives that pass on, or know how to use, a constant that depends on the length.
+_TAKES_LENGTHS = {"Broadcast", "Multiply"}
+
 _TYPES = {
     mx.float32: ov.Type.f32,
     mx.int32: ov.Type.i32,
@@ -60,12 +63,17 @@ class Value:
         shape: its size along each axis, in each trace.
         order: the axes in the order in which ``node`` has them.
         held: as ``shape``, with 1 where the axis is only broadcast later.
+        made: how it was made, where a later operation can join in: a name and the
+            operands (a mean from a sum, attention from its two products).
+        scalar: the number that it is, in each trace.
     """
 
     node: Any
     shape: tuple[Sizes, ...]
     order: tuple[int, ...]
     held: tuple[Sizes, ...]
+    made: tuple[str, tuple[Any, ...]] | None = None
+    scalar: tuple[float, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -82,6 +90,11 @@ def constant(values: Any, dtype: Any = np.int64) -> Any:
     return op.constant(np.asarray(values, dtype))
 
 
+def is_constant(node: Any) -> bool:
+    """Whether a node is a constant, whose data can be rearranged here and now."""
+    return hasattr(node, "get_type_name") and node.get_type_name() == "Constant"
+
+
 def plain(node: Any, shape: Sequence[Sizes]) -> Value:
     """A value in MLX's own axis order, fully held."""
     shape = tuple(shape)
@@ -93,6 +106,8 @@ def arranged(value: Value, order: Sequence[int]) -> Any:
     permutation = [value.position(axis) for axis in order]
     if permutation == list(range(value.rank)):
         return value.node
+    if is_constant(value.node):
+        return op.constant(np.transpose(value.node.data, permutation))
     moving = [p for p in permutation if value.held[value.order[p]] != _ones(value)]
     if moving == sorted(moving):  # only axes of length 1 move: no data does
         sizes = [value.held[axis] for axis in order]
@@ -114,17 +129,25 @@ class Translator:
         self._length_node = length_node
         self.values: dict[str, Value] = {}
 
+    def _line(self, size: Sizes) -> tuple[Fraction, Fraction]:
+        """Slope and start of the line through a size in the first two traces."""
+        slope = Fraction(size[1] - size[0], self.lengths[1] - self.lengths[0])
+        return slope, size[0] - slope * self.lengths[0]
+
+    def is_affine(self, size: Sizes) -> bool:
+        """Whether the third trace lies on the line through the first two."""
+        slope, start = self._line(size)
+        return start + slope * self.lengths[2] == size[2]
+
     def size_node(self, size: Sizes) -> Any:
         """A size as an int64 node ``[1]``, computed from the input length."""
         if is_static(size):
             return constant([size[0]])
-        lengths = self.lengths
-        slope = Fraction(size[1] - size[0], lengths[1] - lengths[0])
-        start = size[0] - slope * lengths[0]
-        if start + slope * lengths[2] != size[2]:
+        if not self.is_affine(size):
             raise NotImplementedError(
-                f"the size {size} is not an affine function of the length {lengths}"
+                f"the size {size} is not an affine function of the length {self.lengths}"
             )
+        slope, start = self._line(size)
         scale = math.lcm(slope.denominator, start.denominator)
         node = op.multiply(self._length_node, constant([int(slope * scale)]))
         node = op.add(node, constant([int(start * scale)]))
@@ -137,23 +160,18 @@ class Translator:
         return op.concat([self.size_node(size) for size in sizes], 0)
 
     def constant(self, arrays: Sequence[np.ndarray]) -> Value:
-        """A constant; a scalar that differs between traces is one over a length.
+        """A constant, from what it is in each trace.
 
-        MLX traces a mean as a sum times such a scalar.
+        One that differs between traces has no node: it can only turn a sum into a mean.
         """
-        if all(np.array_equal(arrays[0], array) for array in arrays[1:]):
-            shape = _merged([arrays[0].shape] * len(arrays)) if arrays[0].shape else ()
-            return plain(op.constant(arrays[0]), shape)
-        lengths = tuple(round(1 / float(array)) for array in arrays if array.ndim == 0)
-        if len(lengths) != len(arrays) or not np.allclose(
-            [float(array) * n for array, n in zip(arrays, lengths, strict=True)],
-            1,
-            atol=1e-6,
-        ):
+        same = all(np.array_equal(arrays[0], array) for array in arrays[1:])
+        if not same and any(array.ndim for array in arrays):
             raise ValueError("a constant of the function depends on the input's length")
-        length = op.squeeze(self.size_node(lengths), constant([0]))
-        node = op.divide(constant(1, np.float32), op.convert(length, ov.Type.f32))
-        return plain(node, ())
+        shape = _merged([arrays[0].shape] * len(arrays)) if arrays[0].shape else ()
+        value = plain(op.constant(arrays[0]) if same else None, shape)
+        if not shape:
+            value = replace(value, scalar=tuple(float(array) for array in arrays))
+        return value
 
     def dense(self, value: Value) -> Value:
         """Carry out a pending broadcast."""
@@ -182,11 +200,11 @@ class Translator:
             if len(source) == len(target) == 1:
                 held[target[0]] = value.held[source[0]]
         node = op.reshape(
-            value.node, self._pattern([held[axis] for axis in order]), False
+            value.node, self.pattern([held[axis] for axis in order]), False
         )
         return Value(node, shape, tuple(order), tuple(held))
 
-    def _pattern(self, sizes: Sequence[Sizes]) -> Any:
+    def pattern(self, sizes: Sequence[Sizes]) -> Any:
         """Target of a reshape; one unknown size is left to OpenVINO."""
         dynamic = [not is_static(size) for size in sizes]
         if sum(dynamic) == 1:
@@ -265,7 +283,6 @@ def translate(
     fn: Callable[..., Any],
     examples: Sequence[Sequence[mx.array]],
     inputs: Sequence[Any] | None = None,
-    lengths: Sizes | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """Translate a pure MLX function of arrays.
 
@@ -274,7 +291,6 @@ def translate(
             initialisers become part of the graph.
         examples: its arguments at one length (all static) or at three lengths.
         inputs: nodes to read instead of new parameters, in MLX's axis order.
-        lengths: the length in each example; by default the first size that differs.
 
     Returns:
         The input nodes and the output nodes, in MLX's axis order.
@@ -294,7 +310,7 @@ def translate(
         inputs = [
             parameter(s, a.dtype) for s, a in zip(shapes, examples[0], strict=True)
         ]
-    translator = _prepare(inputs, shapes, lengths)
+    translator = _prepare(inputs, shapes)
     outputs: list[str] = []
     for events in zip(*traces, strict=True):
         event = events[0]
@@ -315,29 +331,32 @@ def translate(
     return list(inputs), [arranged(v, range(v.rank)) for v in values]
 
 
-def _prepare(
-    inputs: Sequence[Any], shapes: Sequence[tuple[Sizes, ...]], lengths: Sizes | None
-) -> Translator:
+def _prepare(inputs: Sequence[Any], shapes: Sequence[tuple[Sizes, ...]]) -> Translator:
     """A translator that reads the length off the first input axis that varies."""
     for node, shape in zip(inputs, shapes, strict=True):
         for axis, size in enumerate(shape):
             if not is_static(size):
                 where = constant([axis])
                 length = op.gather(op.shape_of(node), where, constant(0))
-                return Translator(lengths or size, length)
+                return Translator(size, length)
     return Translator((1,), None)
 
 
 def _translate_primitive(
     translator: Translator, events: Sequence[dict[str, Any]], table: dict[str, Any]
 ) -> None:
+    from rvc_mlx.openvino_fusions import join_chain
+
     event = events[0]
     name = event["name"]
+    inputs = [translator.values[i[0]] for i in event["inputs"]]
     if name not in table:
         raise NotImplementedError(
             f"the MLX primitive {name}{event['arguments']} on "
             f"{[i[1:] for i in event['inputs']]} has no OpenVINO translation"
         )
+    if any(v.node is None for v in inputs) and name not in _TAKES_LENGTHS:
+        raise ValueError(f"{name} reads a constant that depends on the input's length")
     if name not in _SIZED and any(e["arguments"] != event["arguments"] for e in events):
         raise ValueError(f"{name} depends on the length: {event['arguments']}")
     shapes = [
@@ -346,13 +365,14 @@ def _translate_primitive(
     ]
     call = Call(
         translator,
-        [translator.values[i[0]] for i in event["inputs"]],
+        inputs,
         [e["arguments"] for e in events],
         shapes,
         event["outputs"][0][2],
     )
     results = table[name](call)
-    results = results if isinstance(results, list) else [results]
+    if not isinstance(results, list):
+        results = [join_chain(name, call, results)]
     for output, value in zip(event["outputs"], results, strict=True):
         translator.values[output[0]] = value
 

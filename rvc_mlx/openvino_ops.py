@@ -17,6 +17,7 @@ from rvc_mlx.openvino_graph import (
     Value,
     arranged,
     constant,
+    is_constant,
     is_static,
     plain,
 )
@@ -24,7 +25,7 @@ from rvc_mlx.openvino_graph import (
 Operation = Callable[[Call], "Value | list[Value]"]
 OPERATIONS: dict[str, Operation] = {}
 
-_END = 2**31 - 1  # a slice end that means "to the end"
+_END = 2**63 - 1  # a slice end that means "to the end"
 
 
 def operation(name: str) -> Callable[[Operation], Operation]:
@@ -67,13 +68,12 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "Negative": op.negative,
     "Sigmoid": op.sigmoid,
     "Sin": op.sin,
-    "Square": lambda x: op.multiply(x, x),
+    "Square": lambda x: op.power(x, constant(2, np.float32)),
     "Tanh": op.tanh,
 }
 _BINARY: dict[str, Callable[..., Any]] = {
     "Add": op.add,
     "Subtract": op.subtract,
-    "Multiply": op.multiply,
     "Divide": op.divide,
     "Maximum": op.maximum,
     "Minimum": op.minimum,
@@ -86,6 +86,24 @@ _BINARY: dict[str, Callable[..., Any]] = {
 }
 for _name, _make in (_UNARY | _BINARY).items():
     operation(_name)(partial(elementwise, make=_make))
+
+
+@operation("Multiply")
+def _multiply(call: Call) -> Value:
+    """A product; a sum times one over its count becomes a mean, which OpenVINO fuses."""
+    for value, factor in (call.inputs, call.inputs[::-1]):
+        if value.made and value.made[0] == "sum" and factor.scalar:
+            x, places, count = value.made[1]
+            if np.allclose(np.multiply(factor.scalar, count), 1, atol=1e-6):
+                node = op.reduce_mean(x.node, places, True)
+                if value.rank < x.rank:
+                    kept = [value.held[axis] for axis in value.order]
+                    node = op.reshape(node, call.translator.pattern(kept), False)
+                    return replace(value, node=node, made=None)
+                return replace(value, node=node, made=("mean", (x, places)))
+    if any(value.node is None for value in call.inputs):
+        raise ValueError("Multiply by a constant that depends on the input's length")
+    return elementwise(call, op.multiply)
 
 
 @operation("Sqrt")
@@ -128,8 +146,13 @@ def _broadcast(call: Call) -> Value:
         held = (one,) * new + value.held
         order = (*range(new), *(axis + new for axis in value.order))
         axes = constant(list(range(new)))
-        value = Value(op.unsqueeze(value.node, axes), ranked, order, held)
-    return replace(value, shape=shape)
+        node = value.node
+        if is_constant(node):  # a literal, so that OpenVINO's fusions recognise it
+            node = op.constant(node.data.reshape((1,) * new + node.data.shape))
+        elif node is not None:
+            node = op.unsqueeze(node, axes)
+        value = Value(node, ranked, order, held, scalar=value.scalar)
+    return replace(value, shape=shape, made=None if new else value.made)
 
 
 @operation("Transpose")
@@ -147,8 +170,14 @@ def _reshape(call: Call) -> Value:
     return call.translator.reshape(call.inputs[0], call.shapes[0])
 
 
-for _name in ("Reshape", "Flatten", "Unflatten", "ExpandDims", "Squeeze"):
+for _name in ("Reshape", "Flatten", "Unflatten", "ExpandDims"):
     operation(_name)(_reshape)
+
+
+@operation("Squeeze")
+def _squeeze(call: Call) -> Value:
+    made = call.inputs[0].made  # a sum may still become a mean
+    return replace(_reshape(call), made=made if made and made[0] == "sum" else None)
 
 
 @operation("Concatenate")
@@ -174,46 +203,37 @@ def _split(call: Call) -> list[Value]:
     ]
 
 
-def _slice_end(call: Call, size: Sizes, stops: Sizes) -> Any:
-    """A slice end: as it is, or counted from the end of an axis that varies."""
-    if is_static(stops) and (is_static(size) or stops[0] < 0):
-        return constant([stops[0]])
-    stops = tuple(t + s if t < 0 else t for s, t in zip(size, stops, strict=True))
-    behind = tuple(t - s for s, t in zip(size, stops, strict=True))
-    if all(b == 0 for b in behind):
-        return constant([_END])
-    return call.translator.size_node(stops if is_static(stops) else behind)
+def _bound(call: Call, size: Sizes, at: Sizes) -> Any:
+    """Start or stop of a slice, counted from the end where only that is constant."""
+    at = tuple(t + s if t < 0 else t for s, t in zip(size, at, strict=True))
+    if set(at) == {-1}:  # going down, past the first element
+        return constant([-_END])
+    if is_static(at):
+        return constant([at[0]])
+    behind = tuple(t - s for s, t in zip(size, at, strict=True))
+    if is_static(behind):
+        return constant([behind[0] or _END])
+    translator = call.translator
+    return translator.size_node(at if translator.is_affine(at) else behind)
 
 
 @operation("Slice")
 def _slice(call: Call) -> Value:
     value = call.translator.dense(call.inputs[0])
-    starts, _, steps = call.arguments[0]
-    ends = list(zip(*(a[1] for a in call.arguments), strict=True))
-    cut = [
-        axis
-        for axis in range(value.rank)
-        if call.shapes[0][axis] != value.shape[axis] or steps[axis] != 1
-    ]
+    starts, ends = (zip(*(a[k] for a in call.arguments), strict=True) for k in (0, 1))
+    steps = call.arguments[0][2]
     node = value.node
-    for axis in cut:
-        end = (
-            constant([-_END])
-            if steps[axis] < 0
-            else _slice_end(call, value.shape[axis], ends[axis])
-        )
-        start = _END if steps[axis] < 0 and starts[axis] == -1 else starts[axis]
-        if steps[axis] < 0 and is_static(value.shape[axis]):
-            reverse = np.arange(value.shape[axis][0])[::-1]
-            node = op.gather(node, constant(reverse), constant(value.position(axis)))
+    for axis, (start, end, step) in enumerate(zip(starts, ends, steps, strict=True)):
+        size = value.shape[axis]
+        place = constant([value.position(axis)])
+        if call.shapes[0][axis] == size and step == 1:
             continue
-        node = op.slice(
-            node,
-            constant([start]),
-            end,
-            constant([steps[axis]]),
-            constant([value.position(axis)]),
-        )
+        if step < 0 and is_static(size) and is_static(start) and is_static(end):
+            kept = range(size[0])[start[0] : end[0] : step]
+            node = op.gather(node, constant([*kept]), constant(value.position(axis)))
+            continue
+        first, last = (_bound(call, size, at) for at in (start, end))
+        node = op.slice(node, first, last, constant([step]), place)
     return Value(node, call.shapes[0], value.order, call.shapes[0])
 
 
@@ -259,10 +279,21 @@ _REDUCTIONS = {2: op.reduce_sum, 3: op.reduce_prod, 4: op.reduce_min, 5: op.redu
 @operation("Reduce")
 def _reduce(call: Call) -> Value:
     kind, axes = call.arguments[0]
+    if kind not in _REDUCTIONS:
+        raise NotImplementedError(f"Reduce of kind {kind}; known are {[*_REDUCTIONS]}")
     value = call.translator.dense(call.inputs[0])
     places = constant([value.position(axis) for axis in axes])
-    node = _REDUCTIONS[kind](value.node, places, True)
-    return Value(node, call.shapes[0], value.order, call.shapes[0])
+    result = Value(
+        _REDUCTIONS[kind](value.node, places, True),
+        call.shapes[0],
+        value.order,
+        call.shapes[0],
+    )
+    if _REDUCTIONS[kind] is not op.reduce_sum:
+        return result
+    sizes = [value.shape[axis] for axis in axes]
+    count = [math.prod(size[t] for size in sizes) for t in range(len(call.arguments))]
+    return replace(result, made=("sum", (value, places, count)))
 
 
 @operation("Scan")
@@ -280,7 +311,10 @@ def _scan(call: Call) -> Value:
 def _softmax(call: Call) -> Value:
     value = call.translator.dense(call.inputs[0])
     node = op.softmax(value.node, value.position(value.rank - 1))
-    return Value(node, call.shapes[0], value.order, call.shapes[0])
+    result = Value(node, call.shapes[0], value.order, call.shapes[0])
+    if value.made and value.made[0] == "product":
+        return replace(result, made=("attention", value.made[1]))
+    return result
 
 
 # Products.
@@ -295,9 +329,42 @@ def _matrix(value: Value) -> tuple[Any, bool]:
     return arranged(value, axes), False
 
 
+def _factors(call: Call) -> tuple[Value, Value]:
+    """The two factors, without broadcasts that their product would not carry out."""
+    left, right = call.inputs[:2]
+    if left.held[-2:] != left.shape[-2:] or any(
+        a == b != size
+        for a, b, size in zip(left.held[:-2], right.held[:-2], left.shape, strict=False)
+    ):
+        left = call.translator.dense(left)
+    if right.held[-2:] != right.shape[-2:]:
+        right = call.translator.dense(right)
+    return left, right
+
+
 def _product(call: Call) -> Value:
-    (a, a_swapped), (b, b_swapped) = (_matrix(value) for value in call.inputs[:2])
-    return plain(op.matmul(a, b, a_swapped, b_swapped), call.shapes[0])
+    left, right = _factors(call)
+    if left.made and left.made[0] == "attention":
+        return _attention(call)
+    (a, a_swapped), (b, b_swapped) = _matrix(left), _matrix(right)
+    result = plain(op.matmul(a, b, a_swapped, b_swapped), call.shapes[0])
+    return replace(result, made=("product", (left, right)))
+
+
+def _attention(call: Call) -> Value:
+    """softmax(q k) v as one operation, which never holds the square of scores."""
+    weights, value = call.inputs
+    assert weights.made
+    query, key = weights.made[1]  # the key has its last two axes swapped
+    axes = list(range(query.rank))
+    node = op.scaled_dot_product_attention(
+        arranged(query, axes),
+        arranged(key, [*axes[:-2], axes[-1], axes[-2]]),
+        arranged(value, axes),
+        scale=constant(1, np.float32),
+        attention_mask=constant(0, np.float32),
+    )
+    return plain(node, call.shapes[0])
 
 
 operation("Matmul")(_product)
@@ -320,10 +387,13 @@ def _convolution(call: Call) -> Value:
     order = (0, n + 1, *range(1, n + 1))
     x = arranged(value, order)
     if flip or any(d != 1 for d in input_dilation):
-        if groups != 1 or any(d != 1 for d in dilation):
-            raise NotImplementedError("a grouped or dilated transposed convolution")
         kernel = [size[0] for size in weight.shape[1:-1]]
         pads = [k - 1 - p for k, p in zip(kernel, low, strict=True)]
+        if not flip or groups != 1 or min(pads) < 0 or {*stride, *dilation} != {1}:
+            raise NotImplementedError(
+                f"Convolution{call.arguments[0]}; with a flipped kernel or a dilated "
+                "input only plain transposed convolutions are known"
+            )
         node = op.convolution_backprop_data(
             x,
             arranged(weight, (n + 1, 0, *range(1, n + 1))),
