@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from rvc_mlx.gru_kernel import cuda_gru, supports
 from rvc_mlx.models.rmvpe import GRU
 
 log = logging.getLogger("rvc_mlx")
@@ -78,25 +79,24 @@ class MLXEngine:
         steps: list[Step] = []
         dtype = mx.float32 if seam.exact else _DTYPES[self.precision]
 
-        def composed(*arrays: mx.array) -> mx.array:
-            result: Any = arrays
-            for step in steps:
-                result = (step(*result),)
-            return result[0]
-
-        compiled = mx.compile(composed)
-
         def run(*arrays: np.ndarray) -> np.ndarray:
             with mx.stream(self._device):
                 if not steps:
-                    steps.extend(seam.build(dtype))
-                inputs = [_as_input(array, dtype) for array in arrays]
-                # MLX's CPU back end compiles each fused kernel with a C compiler.
-                on_cpu = self._device == mx.Device(mx.cpu)
-                result = (composed if on_cpu else compiled)(*inputs)
-                return np.array(result.astype(mx.float32))
+                    steps.extend(map(self._prepared, seam.build(dtype)))
+                result = [_as_input(array, dtype) for array in arrays]
+                for step in steps:
+                    result = [step(*result)]
+                return np.array(result[0].astype(mx.float32))
 
         return run
+
+    def _prepared(self, step: Step) -> Step:
+        """The step as this device does it best."""
+        if self._device == mx.Device(mx.cpu):
+            return step  # MLX's CPU back end would call a C compiler for each fusion
+        if isinstance(step, GRU):
+            return cuda_gru(step) if supports(step) else step
+        return mx.compile(step)
 
 
 def _as_input(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
@@ -145,7 +145,8 @@ class OpenVINOEngine:
             "INFERENCE_PRECISION_HINT": precision,
         }
         if threads := os.environ.get("OMP_NUM_THREADS"):
-            options["INFERENCE_NUM_THREADS"] = int(threads)
+            outermost = threads.split(",")[0]  # a list gives nested levels
+            options["INFERENCE_NUM_THREADS"] = int(outermost)
         return options
 
     def _compile(self, seam: Seam) -> Any:
@@ -204,7 +205,7 @@ def to_openvino(seam: Seam) -> Any:
                 assert nodes is not None
                 nodes = [gru_sequence(nodes[0], step.stacked(), step.hidden_size)]
             else:
-                heads, nodes = translate(step, examples, nodes, seam.lengths)
+                heads, nodes = translate(step, examples, nodes)
                 inputs = heads if inputs is None else inputs
             if step is not steps[-1]:
                 examples = [[_result_like(step, example)] for example in examples]

@@ -221,9 +221,14 @@ class GRU(nn.Module):
         return self["weight_hh_l0"].shape[1]
 
     def stacked(self) -> list[np.ndarray]:
-        """Weights as numpy, torch layout, both directions stacked on the first axis."""
+        """Weights as float32 numpy, both directions stacked on a new first axis."""
         return [
-            np.stack([np.array(self[f"{name}_l0{suffix}"]) for suffix in _DIRECTIONS])
+            np.stack(
+                [
+                    np.array(self[f"{name}_l0{suffix}"].astype(mx.float32))
+                    for suffix in _DIRECTIONS
+                ]
+            )
             for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         ]
 
