@@ -53,7 +53,7 @@ class ReferenceOptions:
     rms_mix_rate: float = 1.0
     sid: int = 0
     pad_mode: str = "reflect"
-    x_pad: int = 1
+    x_pad: float = 1
     x_query: int = 6
     x_center: int = 38
     x_max: int = 41
@@ -224,7 +224,7 @@ class ReferencePipeline:
         wave = self.synthesizer.infer(
             phone, pitch, hertz, options.sid, prior, vocoder_noise
         )
-        crop = self.synthesizer.sample_rate * options.x_pad
+        crop = round(self.synthesizer.sample_rate * options.x_pad)
         return wave[0].numpy()[crop:-crop]
 
     def convert_segments(
@@ -236,7 +236,7 @@ class ReferencePipeline:
         options: ReferenceOptions,
     ) -> np.ndarray:
         """Convert the padded audio between the cuts and join the parts as they are."""
-        context = 2 * options.x_pad * SAMPLE_RATE
+        context = 2 * round(options.x_pad * SAMPLE_RATE)
         parts = []
         for segment, start in enumerate([0, *cuts]):
             stop = cuts[segment] + context if segment < len(cuts) else len(padded)
@@ -270,7 +270,7 @@ class ReferencePipeline:
         settings = ReferenceOptions(**options)
         noise = SeededNoise(0) if noise is None else noise
         audio = prepare(audio)
-        pad = settings.x_pad * SAMPLE_RATE
+        pad = round(settings.x_pad * SAMPLE_RATE)
         padded = np.pad(audio, pad, mode="reflect")
         contour = self.f0_contour(padded, settings, f0)
         output = self.convert_segments(

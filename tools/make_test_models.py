@@ -341,7 +341,7 @@ class Maker:
                 encoder(), p, old_names=False, small=True
             ),
             "rmvpe.pt": lambda p: write_rmvpe(
-                SMALL_RMVPE, p, self.seed_of("small rmvpe"), 60.0
+                SMALL_RMVPE, p, self.seed_of("small rmvpe"), 90.0
             ),
             "voice.pth": lambda p: write_voice(
                 "voice", spec, SMALL_VOICE, p, self.seed_of("small voice")

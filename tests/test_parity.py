@@ -1,0 +1,288 @@
+"""Full-size networks on the CPU engine against the PyTorch reference, float32.
+
+The ladder: features, salience and F0, text encoder, flow, vocoder, whole conversion, for
+every kind of voice, on a real speech clip, with the same noise on both sides. Weights
+are random and scaled to realistic activations. Every comparison asserts the maximum and
+the mean absolute difference; what was measured is printed (``pytest -s``), and kept in
+the file that ``RVC_MLX_PARITY_RESULTS`` names.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import openvino
+import pytest
+import torch
+
+from rvc_mlx import ConversionOptions, pitch
+from rvc_mlx.audio_io import load_audio
+from rvc_mlx.engine import MLXEngine, choose_engine
+from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
+from rvc_mlx.models import contentvec
+from rvc_mlx.models.layers import fold_weight_norm, load_strictly
+from rvc_mlx.models.synthesizer import Synthesizer, sanitize
+from rvc_mlx.noise import Noise
+from rvc_mlx.openvino_graph import translate
+from rvc_mlx.pipeline import VoiceConverter
+from rvc_reference import rmvpe as reference_rmvpe
+from rvc_reference.loading import load_contentvec, load_rmvpe, load_voice
+from rvc_reference.pipeline import ReferencePipeline, prepare, quantize_f0
+
+pytestmark = pytest.mark.slow
+
+SECONDS = 5
+VOICES = (
+    "v2_48k",
+    "v2_40k",
+    "v2_32k",
+    "v2_24k",
+    "v1_48k",
+    "v1_40k",
+    "v1_32k",
+    "v2_40k_nof0",
+    "v1_40k_nof0",
+    "v2_32k_mrf",
+    "v2_40k_mrf",
+    "v2_48k_mrf",
+    "v2_32k_refinegan",
+    "v2_40k_refinegan",
+    "v2_48k_refinegan",
+    "v2_40k_multi",
+)
+
+
+def check(name: str, ours, theirs, largest: float, mean: float) -> None:
+    """Assert both tolerances; print and keep what was measured."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    assert ours.shape == theirs.shape, name
+    difference = np.abs(ours.astype(np.float64) - theirs)
+    row = {
+        "stage": name,
+        "max": float(difference.max()),
+        "mean": float(difference.mean()),
+        "scale": float(np.abs(theirs).mean()),
+        "max tolerance": largest,
+        "mean tolerance": mean,
+        "test": os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0],
+    }
+    print(f"\n{name}: max {row['max']:.1e}, mean {row['mean']:.1e}", end="")
+    if path := os.environ.get("RVC_MLX_PARITY_RESULTS"):
+        with Path(path).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    assert row["max"] <= largest, row
+    assert row["mean"] <= mean, row
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return choose_engine("cpu", "f32", tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def clip() -> np.ndarray:
+    """Five seconds of speech at 16 kHz."""
+    bundled = Path(__file__).parents[1] / "rvc_mlx" / "bundled"
+    speech = load_audio(bundled / "speech.flac")
+    return np.tile(speech, 2)[: SECONDS * 16000]
+
+
+@pytest.fixture(scope="module")
+def padded(clip) -> np.ndarray:
+    """What the networks hear: limited, high-passed, padded by a second."""
+    return np.pad(prepare(clip), 16000, mode="reflect").astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def nets(engine, test_models):
+    """Our encoder and pitch net, and the reference's."""
+    hubert, rmvpe = test_models("hubert_base.pt"), test_models("rmvpe.pt")
+    return (
+        Encoder(read_weights(hubert, "contentvec"), engine),
+        PitchNet(read_weights(rmvpe, "rmvpe"), engine),
+        load_contentvec(hubert),
+        load_rmvpe(rmvpe),
+    )
+
+
+@pytest.fixture(scope="module")
+def contour(nets, padded) -> np.ndarray:
+    """The reference's F0 of the clip."""
+    return reference_rmvpe.estimate_f0(nets[3], padded)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_contentvec(nets, padded, version):
+    audio = torch.from_numpy(padded)[None]
+    exact = copy.deepcopy(nets[2]).double()
+    with torch.inference_mode():
+        theirs = nets[2].extract(audio, version)[0]
+        truth = exact.extract(audio.double(), version)[0]
+    ours = nets[0].encode(padded, version)
+    # Two float32 networks are each up to 2e-5 off; both are held to the float64 one.
+    check(f"HuBERT {version} against float64", ours, truth, 2e-5, 4e-6)
+    check(f"HuBERT {version}", ours, theirs, 2e-5, 4e-6)
+
+
+def test_contentvec_against_transformers(engine, test_models, padded):
+    transformers = pytest.importorskip("transformers")
+    folder = test_models("contentvec")
+    model = transformers.HubertModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(padded)[None]).last_hidden_state[0]
+    ours = Encoder(read_weights(folder, "contentvec"), engine).encode(padded, "v2")
+    check("HuBERT v2 against transformers", ours, theirs, 2e-5, 4e-6)
+
+
+def test_fairseq_and_transformers_layouts_agree(test_models):
+    tensors = [
+        fold_weight_norm(contentvec.sanitize(read_weights(path, "contentvec").tensors))
+        for path in (test_models("hubert_base.pt"), test_models("contentvec"))
+    ]
+    assert tensors[0].keys() == tensors[1].keys()
+
+
+def test_rmvpe_salience_and_f0(nets, padded, contour):
+    mel = reference_rmvpe.MelSpectrogram()(torch.from_numpy(padded)[None])
+    filled = reference_rmvpe.pad_frames(mel, 32, "reflect")
+    with torch.inference_mode():
+        theirs = nets[3](filled)[0]
+    ours = nets[1].salience(filled[0].T.numpy().copy()[None])[0]
+    check("RMVPE salience", ours, theirs, 1e-5, 1e-7)
+    f0 = pitch.estimate_f0(nets[1].salience, lambda a, b: padded[a:b], len(padded))
+    np.testing.assert_array_equal(f0 > 0, contour > 0)
+    voiced = contour > 0
+    assert 0.2 < voiced.mean() < 0.95, "the clip must have voiced and unvoiced frames"
+    cents = 1200 * np.log2(f0[voiced] / contour[voiced])
+    check("RMVPE F0, cents", cents, np.zeros_like(cents), 0.01, 0.001)
+
+
+def compiled(fn, examples):
+    """Run a function of a network on OpenVINO at float32, all outputs."""
+    inputs, outputs = translate(fn, [examples])
+    model = openvino.Model(outputs, inputs)
+    options = {"INFERENCE_PRECISION_HINT": "f32"}
+    network = openvino.Core().compile_model(model, "CPU", options)
+    return list(network([np.array(e) for e in examples]).values())
+
+
+@pytest.mark.parametrize("name", VOICES)
+def test_voice(engine, nets, clip, padded, contour, test_models, name):
+    """Every stage of one kind of voice, then the whole conversion."""
+    path = test_models(f"{name}.pth")
+    checkpoint = read_weights(path, "voice")
+    voice, theirs = Voice(checkpoint, engine), load_voice(path)
+    sid = 3 if "multi" in name else 0
+    f0 = contour if voice.config.f0 else None
+    with torch.inference_mode():
+        latent = check_prior(name, checkpoint, voice, theirs, nets, padded, f0, sid)
+        check_vocoder(name, voice, theirs, nets, latent, f0, sid)
+        check_conversion(name, voice, theirs, nets, clip, sid)
+
+
+def check_prior(name, checkpoint, voice, theirs, nets, padded, f0, sid):
+    """Text encoder and flow; returns the reference's latent."""
+    config, noise = voice.config, Noise(1)
+    wave = torch.from_numpy(padded)[None]
+    phone = nets[2].extract(wave, config.version).repeat_interleave(2, dim=1)
+    T = min(len(padded) // 160, phone.shape[1])
+    phone = phone[:, :T]
+    coarse = None if f0 is None else torch.from_numpy(quantize_f0(f0[:T]))[None]
+    mean, log_std = theirs.encode_text(phone, coarse)
+    net = Synthesizer(config)
+    load_strictly(net, sanitize(checkpoint.tensors))
+    inputs = [mx.array(phone.numpy())]
+    inputs += [] if f0 is None else [mx.array(coarse.numpy().astype(np.int32))]
+    ours = compiled(lambda *a: net.enc_p(*a), inputs)
+    check(f"{name} text encoder, mean", ours[0], mean, 1e-4, 1e-5)
+    check(f"{name} text encoder, log deviation", ours[1], log_std, 1e-4, 1e-5)
+    draw = noise.normal("prior", 0, 0, T, 1, config.inter_channels)
+    g = theirs.speaker(sid)
+    z_p = mean + log_std.exp() * torch.from_numpy(draw)[None] * 0.66666
+    latent = theirs.prior(mean, log_std, g, torch.from_numpy(draw)[None])
+    speaker = mx.array(g.numpy())[:, None]
+    flow = compiled(
+        lambda z, s: net.flow(z, s, reverse=True), [mx.array(z_p.numpy()), speaker]
+    )
+    check(f"{name} flow", flow[0], latent, 1e-4, 1e-5)
+    return latent
+
+
+def check_vocoder(name, voice, theirs, nets, latent, f0, sid):
+    """Windowed decoding against the reference's decoding of the whole segment."""
+    from rvc_mlx.pipeline import Report, Segment, _Job
+
+    T, U, noise = latent.shape[1], voice.config.samples_per_frame, Noise(2)
+    _, draws = theirs.draw(noise, 0, T)
+    hertz = None if f0 is None else torch.from_numpy(f0[:T].astype(np.float32))[None]
+    g = theirs.speaker(sid)
+    whole = theirs.decode(latent, hertz, g, draws.source, draws.phase, draws.adain)
+    job = _Job.__new__(_Job)
+    job.voice, job.noise, job.report = voice, noise, Report()
+    job.speaker = voice.speakers[sid][None, None]
+    contour = None if f0 is None else f0[:T]
+    blocks = job._decode(latent.numpy(), contour, Segment(0, 0, 0, 100, T - 100))
+    ours = np.concatenate(list(blocks))
+    check(
+        f"{name} vocoder",
+        ours,
+        whole[0].numpy()[100 * U : (T - 100) * U],
+        2e-4,
+        2e-5,
+    )
+
+
+def check_conversion(name, voice, theirs, nets, clip, sid):
+    """Array to array, both pipelines whole."""
+    converter = VoiceConverter(voice, nets[0], nets[1])
+    options = ConversionOptions(reference_lengths=True, pitch=0, speaker=sid)
+    noise = Noise(3)
+    ours = converter.convert(clip, 16000, options, noise=noise).audio
+    pipeline = ReferencePipeline(nets[2], nets[3], theirs)
+    whole = pipeline.convert(clip, noise=noise, sid=sid)
+    print(f"\n{name} correlation {np.corrcoef(ours, whole)[0, 1]:.9f}", end="")
+    check(f"{name} conversion", ours, whole, 1e-3, 1e-4)
+
+
+def test_conversion_with_index_shift_and_loudness(engine, nets, clip, test_models):
+    """Retrieval, key shift and envelope at full size."""
+    from rvc_mlx.retrieval import read_index
+
+    path, index = test_models("v2_48k.pth"), test_models("v2.index")
+    converter = VoiceConverter(
+        Voice(read_weights(path, "voice"), engine), nets[0], nets[1], read_index(index)
+    )
+    options = ConversionOptions(
+        reference_lengths=True, pitch=5, index_rate=0.75, volume_envelope=0.25
+    )
+    ours = converter.convert(clip, 16000, options, noise=Noise(4)).audio
+    pipeline = ReferencePipeline(nets[2], nets[3], load_voice(path), index)
+    theirs = pipeline.convert(
+        clip, noise=Noise(4), pitch=5, index_rate=0.75, rms_mix_rate=0.25
+    )
+    check("v2_48k conversion with index", ours, theirs, 1e-3, 1e-4)
+
+
+def test_mlx_cpu_conversion(test_models, nets, clip):
+    """MLX's own CPU back end, half a second (it is slow)."""
+    engine = MLXEngine(mx.Device(mx.cpu), "f32")
+    engine.window_frames = 50
+    path = test_models("v2_32k.pth")
+    converter = VoiceConverter(
+        Voice(read_weights(path, "voice"), engine),
+        Encoder(read_weights(test_models("hubert_base.pt"), "contentvec"), engine),
+        PitchNet(read_weights(test_models("rmvpe.pt"), "rmvpe"), engine),
+    )
+    short = clip[16000:24000]
+    noise = Noise(5)
+    # A quarter of a second of context instead of one, to save most of the time.
+    options = ConversionOptions(reference_lengths=True, x_pad=0.25)
+    ours = converter.convert(short, 16000, options, noise=noise).audio
+    pipeline = ReferencePipeline(nets[2], nets[3], load_voice(path))
+    theirs = pipeline.convert(short, noise=noise, x_pad=0.25)
+    check("v2_32k conversion, MLX CPU", ours, theirs, 1e-3, 1e-4)
