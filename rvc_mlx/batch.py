@@ -56,7 +56,8 @@ def plan_tasks(inputs: Sequence[str], output: str, suffix: str) -> list[Task]:
 
     Raises:
         FileNotFoundError: an input is not there, or a folder holds no sound files.
-        ValueError: two inputs would give one output.
+        ValueError: two inputs would give one output, or the output of several inputs
+            is named like a sound file.
     """
     paths = [Path(item) for item in inputs]
     for path in paths:
@@ -74,6 +75,11 @@ def plan_tasks(inputs: Sequence[str], output: str, suffix: str) -> list[Task]:
         for file in found:
             target = (Path(output) / file.relative_to(root)).with_suffix(suffix)
             tasks.append(Task(file, target))
+    if Path(output).suffix.lower() in AUDIO_SUFFIXES and not _is_folder(output):
+        raise ValueError(
+            f"{output}: the name of a file, but a folder or several files are to be "
+            "converted; give a folder"
+        )
     targets: dict[Path, Path] = {}
     for task in tasks:
         if task.target in targets:
@@ -127,8 +133,9 @@ class Manifest:
         self._files: dict[str, dict[str, Any]] = {}
         if self.path.exists():
             try:
-                self._files = json.loads(self.path.read_text("utf-8"))["files"]
-            except (ValueError, KeyError, TypeError) as error:
+                files = json.loads(self.path.read_text("utf-8"))["files"]
+                self._files = {name: dict(entry) for name, entry in files.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(
                     f"{self.path}: not a manifest of rvc-mlx; move it away"
                 ) from error
@@ -138,9 +145,9 @@ class Manifest:
         entry = self._files.get(str(task.target.relative_to(self.path.parent)))
         return (
             entry is not None
-            and entry["status"] == "done"
-            and entry["settings"] == self._settings
-            and entry["source_state"] == _state(task.source)
+            and entry.get("status") == "done"
+            and entry.get("settings") == self._settings
+            and entry.get("source_state") == _state(task.source)
             and task.target.is_file()
         )
 
@@ -156,10 +163,17 @@ class Manifest:
         }
         temporary = self.path.with_suffix(".part")
         text = json.dumps({"version": 1, "files": self._files}, indent=1)
-        temporary.write_text(text + "\n", "utf-8")
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(text + "\n", "utf-8")
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def _state(path: Path) -> list[int]:
-    status = path.stat()
+def _state(path: Path) -> list[int] | None:
+    """Changes when the file does; None where it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return [status.st_size, status.st_mtime_ns]

@@ -1,4 +1,4 @@
-"""The command line: ``rvc-mlx convert|info|convert-model|download|doctor|demo``.
+"""The command line: ``rvc-mlx convert|info|convert-model|download|doctor|bench|demo``.
 
 Heavy modules are imported by the command that needs them, so ``--help`` is quick.
 Exit codes: 0 done, 1 failed (also when one file of many did), 2 misuse, 130 interrupted.
@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 failed (also when one file of many did), 2 misuse, 130 int
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import signal
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
 FORMATS = ("wav", "flac", "mp3", "ogg")
 SUBTYPES = {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"}
-# Names of Applio's and other programs' commands.
-_COMMAND_ALIASES = {"infer": "convert", "batch-infer": "convert"}
+
+
+class _MisuseError(ValueError):
+    """The command line asks for something that cannot be."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(_normalized(argv))
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         MemoryError,
     ) as error:
         print(f"rvc-mlx: {_one_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _MisuseError) else 1
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:  # noqa: ARG001
@@ -64,12 +69,12 @@ def _one_line(error: BaseException) -> str:
 
 
 def _normalized(argv: Sequence[str] | None) -> list[str]:
-    """Options may be written with underscores, as in older programs."""
+    """Commands and options may be written with underscores, as in older programs."""
     words = list(sys.argv[1:] if argv is None else argv)
-    result = []
+    result: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
-        if name.startswith("--"):
+        if name.startswith("--") or not result:
             name = name.replace("_", "-")
         result.append(name + equals + value)
     return result
@@ -88,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert_model(commands)
     _add_download(commands)
     _add_doctor(commands)
+    _add_bench(commands)
     _add_demo(commands)
     return parser
 
@@ -110,7 +116,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_convert(commands: Any) -> None:
     parser = commands.add_parser(
         "convert",
-        aliases=["infer", "batch-infer"],
+        aliases=["infer", "batch-infer"],  # the names of Applio's commands
         help="convert recordings into a voice",
         description="Convert sound files, or folders of them, into a voice.",
     )
@@ -186,9 +192,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _options(arguments: argparse.Namespace) -> ConversionOptions:
-    return ConversionOptions(
-        **{f.name: getattr(arguments, f.name) for f in fields(ConversionOptions)}
-    )
+    values = {f.name: getattr(arguments, f.name) for f in fields(ConversionOptions)}
+    try:
+        return ConversionOptions(**values)
+    except ValueError as error:
+        raise _MisuseError(str(error)) from error
 
 
 def _load(arguments: argparse.Namespace) -> VoiceConverter:
@@ -196,7 +204,7 @@ def _load(arguments: argparse.Namespace) -> VoiceConverter:
 
     return load(
         arguments.voice,
-        arguments.index,
+        arguments.index or None,  # Applio's scripts pass "" for none
         encoder=arguments.encoder,
         rmvpe=arguments.rmvpe,
         device=arguments.device,
@@ -209,7 +217,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
     inputs = arguments.inputs + arguments.more
     if not inputs:
-        raise ValueError("no input was given; name a file or a folder")
+        raise _MisuseError("no input was given; name a file or a folder")
     options = _options(arguments)
     suffix = f".{arguments.format or 'wav'}"
     tasks = plan_tasks(inputs, arguments.output, suffix)
@@ -223,7 +231,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     manifest = None
     if many:
-        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+        _make_folder(Path(arguments.output))
         net, index = converter.pitch_net, converter.index
         files = (net.path if net else None, index.path if index else None)
         key = settings_key(
@@ -232,6 +240,16 @@ def _convert(arguments: argparse.Namespace) -> int:
         manifest = Manifest(Path(arguments.output), key + (arguments.bits or ""))
     failed = _convert_all(converter, tasks, options, arguments, manifest)
     return 1 if failed else 0
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: this folder cannot be made ({error.strerror}); give another "
+            "output"
+        ) from error
 
 
 def _path(value: Any) -> Path | None:
@@ -255,20 +273,9 @@ def _convert_all(
     manifest: Manifest | None,
 ) -> int:
     """Convert every task; returns how many failed."""
-    failed = skipped = 0
-    for task in tasks:
-        if manifest and not arguments.force:
-            if manifest.is_done(task):
-                skipped += 1
-                continue
-            if task.target.exists():
-                print(
-                    f"rvc-mlx: {task.target} exists and is not from this run; pass "
-                    "--force to overwrite it",
-                    file=sys.stderr,
-                )
-                failed += 1
-                continue
+    pending, refused = _pending(tasks, None if arguments.force else manifest)
+    failed = len(refused)
+    for task in pending:
         try:
             report = _convert_one(converter, task, options, arguments)
         except (ValueError, OSError, MemoryError) as error:
@@ -281,11 +288,28 @@ def _convert_all(
         else:
             if manifest:
                 manifest.record(task, status="done", seconds=report.seconds)
-    if skipped:
-        print(f"{skipped} of {len(tasks)} were done before")
     if failed and manifest:
         print(f"rvc-mlx: {failed} of {len(tasks)} failed", file=sys.stderr)
     return failed
+
+
+def _pending(
+    tasks: Sequence[Task], manifest: Manifest | None
+) -> tuple[list[Task], list[Task]]:
+    """Tasks to do, and tasks refused because they would overwrite a file."""
+    if manifest is None:
+        return list(tasks), []
+    left = [task for task in tasks if not manifest.is_done(task)]
+    if len(left) < len(tasks):
+        print(f"{len(tasks) - len(left)} of {len(tasks)} were done before", flush=True)
+    refused = {task: None for task in left if task.target.exists()}
+    for task in refused:
+        print(
+            f"rvc-mlx: {task.target} exists and is not from this run; pass --force to "
+            "overwrite it",
+            file=sys.stderr,
+        )
+    return [task for task in left if task not in refused], list(refused)
 
 
 def _convert_one(
@@ -294,8 +318,7 @@ def _convert_one(
     options: ConversionOptions,
     arguments: argparse.Namespace,
 ) -> Report:
-    if task.target.parent != Path():
-        task.target.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(task.target.parent)
     start = time.perf_counter()
     with _Progress(task.source.name) as progress:
         report = converter.convert_file(
@@ -451,6 +474,42 @@ def _doctor(arguments: argparse.Namespace) -> int:
             for name, value in rows.items():
                 print(f"  {name}: {value}")
     return 0 if healthy else 1
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench", help="time a conversion on this machine, with a report"
+    )
+    parser.add_argument("-v", "--voice", metavar="FILE", help="default: bundled models")
+    parser.add_argument("-i", "--index", metavar="FILE", help="the voice's .index file")
+    parser.add_argument("--encoder", metavar="FILE", help="content encoder")
+    parser.add_argument("--rmvpe", metavar="FILE", help="pitch network")
+    parser.add_argument(
+        "--seconds", type=_number, default=10.0, help="of audio (default: 10)"
+    )
+    parser.add_argument("--runs", type=int, default=5, help="warm runs (default: 5)")
+    _add_device(parser)
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("-o", "--output", metavar="FILE", help="write the JSON there")
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from rvc_mlx.bench import BenchFiles, run_benchmark, summary
+
+    given = arguments
+    if given.output and Path(given.output).exists() and not given.force:
+        raise FileExistsError(f"{given.output} exists; pass --force to overwrite it")
+    files = BenchFiles(given.voice, given.index, given.encoder, given.rmvpe)
+    report = run_benchmark(
+        files, given.seconds, given.runs, given.device, given.precision
+    )
+    text = json.dumps(report, indent=1)
+    if given.output:
+        Path(given.output).write_text(text + "\n", "utf-8")
+    print(text if given.json else "\n".join(summary(report)))
+    return 0
 
 
 def _add_demo(commands: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rvc_mlx.checkpoint import Checkpoint, hash_file, read_checkpoint, save_checkpoint
-from rvc_mlx.loading import encoder_metadata, kind_of
+from rvc_mlx.loading import encoder_metadata, file_in_folder, kind_of
 from rvc_mlx.models import contentvec, rmvpe, synthesizer
 from rvc_mlx.models.layers import fold_weight_norm
 from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
@@ -42,7 +42,8 @@ def convert_model(
     the source with its sha256. A training checkpoint (``G_*.pth``) becomes a voice.
 
     Args:
-        source: ``.pth``, ``.pt``, ``.bin``, ``.safetensors`` or ``.npz``.
+        source: ``.pth``, ``.pt``, ``.bin``, ``.safetensors`` or ``.npz``, or the folder
+            of an encoder in the transformers layout.
         target: ``.safetensors`` or ``.npz``.
         half: store float16 instead of float32.
         expected: refuse another kind than this.
@@ -54,6 +55,9 @@ def convert_model(
         ValueError: the source is of no known or of another kind.
         OSError: a file cannot be read or written.
     """
+    source = Path(source)
+    if source.is_dir():
+        source = file_in_folder(source)
     checkpoint = read_checkpoint(source)
     kind = kind_of(checkpoint.tensors)
     if not kind or (expected and kind != expected):
@@ -68,7 +72,7 @@ def convert_model(
         for name, value in fold_weight_norm(tensors).items()
     }
     provenance = {
-        "source": Path(source).name,
+        "source": source.name,
         "source_sha256": hash_file(source),
         "converted_by": f"rvc_mlx {__version__}",
     }

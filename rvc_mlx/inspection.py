@@ -19,7 +19,7 @@ from rvc_mlx.engine import (
     gpu_available,
     openvino_available,
 )
-from rvc_mlx.loading import kind_of
+from rvc_mlx.loading import file_in_folder, kind_of
 from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
 from rvc_mlx.pipeline import load
 from rvc_mlx.retrieval import read_index
@@ -53,7 +53,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def _describe_checkpoint(path: Path) -> dict[str, Any]:
     if path.is_dir():
-        path = path / "pytorch_model.bin"
+        path = file_in_folder(path)
     checkpoint = read_checkpoint(path)
     tensors, metadata = checkpoint.tensors, checkpoint.metadata
     kind = kind_of(tensors)

@@ -61,7 +61,7 @@ def read_weights(path: str | Path, kind: str) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        path = _file_in_folder(path, kind)
+        path = file_in_folder(path, kind)
     checkpoint = read_checkpoint(path)
     found = kind_of(checkpoint.tensors)
     names = {
@@ -75,7 +75,12 @@ def read_weights(path: str | Path, kind: str) -> Checkpoint:
     return checkpoint
 
 
-def _file_in_folder(folder: Path, kind: str) -> Path:
+def file_in_folder(folder: Path, kind: str = "contentvec") -> Path:
+    """The weight file of a folder in the transformers layout.
+
+    Raises:
+        IsADirectoryError: there is none, or another kind than the encoder is wanted.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if kind == "contentvec" and (folder / name).is_file():
             return folder / name

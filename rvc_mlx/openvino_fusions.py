@@ -21,9 +21,12 @@ Link = Callable[[Value, Value, Value], "Value | None"]
 
 def join_chain(name: str, call: Call, result: Value) -> Value:
     """The result of a primitive, marked as a link of a chain or as the end of one."""
+    if name == "Sqrt" and call.arguments[0][0]:
+        name = "Reciprocal Sqrt"
     for link in _LINKS.get(name, ()):
         first, second = (call.inputs * 2)[:2]
-        for a, b in ((first, second), (second, first)):
+        swapped = [] if name in _ORDERED else [(second, first)]
+        for a, b in [(first, second), *swapped]:
             if (joined := link(result, a, b)) is not None:
                 return joined
     return result
@@ -97,7 +100,8 @@ def _normalized(result: Value, a: Value, b: Value) -> Value | None:
     if centred is None or deviation is None:
         return None
     x, places, eps = deviation
-    if x.node is not centred[0].node:
+    same_axes = list(centred[1].data) == list(places.data)
+    if x.node is not centred[0].node or not same_axes:
         return None
     # OpenVINO has a kernel for trailing axes only; the others lead in MLX's order.
     axes = sorted(x.order[place] for place in places.data)
@@ -114,5 +118,6 @@ _LINKS: dict[str, tuple[Link, ...]] = {
     "Multiply": (_gelu_product, _normalized),
     "Subtract": (_centred,),
     "Square": (_step("centred square", "centred"),),
-    "Sqrt": (_step("1/deviation", "variance"),),
+    "Reciprocal Sqrt": (_step("1/deviation", "variance"),),
 }
+_ORDERED = {"Divide", "Subtract"}  # operands cannot change places

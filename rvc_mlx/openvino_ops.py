@@ -344,18 +344,18 @@ def _factors(call: Call) -> tuple[Value, Value]:
 
 def _product(call: Call) -> Value:
     left, right = _factors(call)
-    if left.made and left.made[0] == "attention":
-        return _attention(call)
+    if left.made and left.made[0] == "attention" and left.rank > 2:
+        return _attention(call, left, right)
     (a, a_swapped), (b, b_swapped) = _matrix(left), _matrix(right)
     result = plain(op.matmul(a, b, a_swapped, b_swapped), call.shapes[0])
     return replace(result, made=("product", (left, right)))
 
 
-def _attention(call: Call) -> Value:
+def _attention(call: Call, weights: Value, value: Value) -> Value:
     """softmax(q k) v as one operation, which never holds the square of scores."""
-    weights, value = call.inputs
     assert weights.made
     query, key = weights.made[1]  # the key has its last two axes swapped
+    query, key, value = (call.translator.dense(v) for v in (query, key, value))
     axes = list(range(query.rank))
     node = op.scaled_dot_product_attention(
         arranged(query, axes),

@@ -146,9 +146,10 @@ class ConversionOptions:
             raise ValueError(
                 f"output_rate is {self.output_rate} Hz; expected 0, or 8000 and more"
             )
-        if self.x_query >= self.x_center:
+        if 2 * self.x_query > self.x_center:  # else cuts could go backwards
             raise ValueError(
-                f"x_query ({self.x_query} s) must be below x_center ({self.x_center} s)"
+                f"x_query is {self.x_query} s; expected at most half of x_center "
+                f"({self.x_center} s)"
             )
 
 

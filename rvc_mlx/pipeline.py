@@ -383,6 +383,7 @@ class _Job:
                 "expected 10 ms or more"
             )
         _check_options(voice, options)
+        _check_f0(voice, f0, len(source) // FRAME + 2 * _pad_frames(options))
         self.converter, self.voice, self.options = converter, voice, options
         self.source = source
         self.noise = noise or Noise(options.seed)
@@ -399,6 +400,11 @@ class _Job:
                 gain = normalize_gain(peak(self.source.blocks()))
                 filtered = stack.enter_context(high_pass_spool(self.source, gain=gain))
                 segments = plan_segments(filtered, self.options)
+                if all(segment.last <= segment.first for segment in segments):
+                    raise ValueError(
+                        "the recording is so short that the original gives nothing for "
+                        "it; expected 25 ms or more with reference_lengths"
+                    )
             with self.report.stage("pitch"):
                 f0 = self._f0(filtered, segments)
             raw = stack.enter_context(Spool())
@@ -416,6 +422,8 @@ class _Job:
                 gain = limit_gain(peak(finish()))
             for block in finish():
                 yield np.float32(gain) * block
+            if progress:
+                progress(total, total)
 
     def _f0(self, filtered: Spool, segments: Sequence[Segment]) -> np.ndarray | None:
         """Shifted F0 ``[T]`` of the padded recording in Hz; None without F0."""
@@ -459,8 +467,7 @@ class _Job:
         self, filtered: Spool, segment: Segment, f0: np.ndarray | None
     ) -> Iterator[np.ndarray]:
         """Blocks of the segment's output at the voice's rate."""
-        pad = round(self.options.x_pad * SAMPLE_RATE)
-        start = segment.start - pad
+        start = segment.start - _pad_frames(self.options) * FRAME
         audio = filtered.read_reflected(start, start + segment.samples)
         frames = segment.frames
         if f0 is not None:
@@ -574,6 +581,21 @@ def _check_options(voice: Voice, options: ConversionOptions) -> None:
             f"{voice.path}: this voice has no pitch input, so {', '.join(given)} cannot "
             "work; leave it out"
         )
+
+
+def _check_f0(voice: Voice, f0: np.ndarray | None, frames: int) -> None:
+    """Raise for a given F0 that this voice cannot take or that is too short."""
+    if f0 is None:
+        return
+    if not voice.config.f0:
+        raise ValueError(f"{voice.path}: this voice has no pitch input; leave out f0")
+    if f0.ndim != 1 or len(f0) < frames:
+        raise ValueError(
+            f"f0 has shape {f0.shape}; expected [{frames}] or more: one value per 10 ms "
+            "of the recording and of x_pad seconds before and after it"
+        )
+    if not (np.isfinite(f0) & (f0 >= 0)).all():
+        raise ValueError("f0 holds values that are not 0 Hz (unvoiced) or more")
 
 
 def _window(frames: np.ndarray, start: int, length: int) -> np.ndarray:

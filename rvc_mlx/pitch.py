@@ -5,6 +5,7 @@ F0 is in Hz at 100 frames per second, 0 where unvoiced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,7 +175,7 @@ def read_f0_file(path: str | Path) -> np.ndarray:
         ``[points, 2]`` float64, sorted by time.
 
     Raises:
-        ValueError: a line is not two numbers, or there is none.
+        ValueError: a line is not two numbers of 0 or more, or there is none.
     """
     points = []
     for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
@@ -183,9 +184,12 @@ def read_f0_file(path: str | Path) -> np.ndarray:
         try:
             seconds, hertz = (float(field) for field in line.split(","))
         except ValueError:
+            seconds = hertz = math.nan
+        if not (0 <= seconds < math.inf and 0 <= hertz < math.inf):
             raise ValueError(
-                f"{path}, line {number}: {line.strip()!r} is not 'seconds,hertz'"
-            ) from None
+                f"{path}, line {number}: {line.strip()!r} is not 'seconds,hertz', both "
+                "0 or more"
+            )
         points.append((seconds, hertz))
     if not points:
         raise ValueError(f"{path}: no lines 'seconds,hertz' in it")

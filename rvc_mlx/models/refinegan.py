@@ -65,7 +65,7 @@ class Decimate(nn.Module):
         x = mx.pad(x, [(0, 0), (self._width, self._width + self._rate), (0, 0)])
         kernel = mx.broadcast_to(self._taps[None, :, None], (C, self._taps.size, 1))
         y = mx.conv1d(x, kernel, stride=self._rate, groups=C)
-        return y[:, :-1]
+        return y[:, :-1].astype(x.dtype)  # the taps are float32
 
 
 def upsample_linear(x: mx.array, rate: int) -> mx.array:

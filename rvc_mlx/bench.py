@@ -1,0 +1,258 @@
+"""Measuring: timed calls, peak memory, the machine, and the benchmark ``rvc-mlx bench``.
+
+The scripts under ``benchmarks/`` build on the same functions.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from rvc_mlx.audio_io import load_audio, save_audio
+from rvc_mlx.engine import choose_engine, gpu_available
+from rvc_mlx.inspection import BUNDLED
+from rvc_mlx.loading import Encoder, Engine, PitchNet, Voice, find_weights, read_weights
+from rvc_mlx.pipeline import Report, VoiceConverter
+from rvc_mlx.retrieval import read_index
+
+_PACKAGES = ("rvc-mlx", "mlx", "openvino", "numpy", "scipy", "soxr")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every timed call, in the order of the calls."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median of the samples, seconds."""
+        return statistics.median(self.samples)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Median, minimum and every sample."""
+        return {
+            "median_s": self.median,
+            "min_s": min(self.samples),
+            "samples_s": list(self.samples),
+        }
+
+
+def time_calls(
+    calls: Sequence[Callable[[], object]], runs: int = 5, warmup: int = 1
+) -> list[Timing]:
+    """Time calls in turns, so that a slow moment of the machine meets all of them.
+
+    Args:
+        calls: each returns when its result is computed (numpy arrays are).
+        runs: timed calls of each, 1 or more.
+        warmup: calls of each before, not timed.
+
+    Returns:
+        One timing per call.
+    """
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    samples: list[list[float]] = [[] for _ in calls]
+    for _ in range(runs):
+        for call, times in zip(calls, samples, strict=True):
+            gc.collect()
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+    return [Timing(tuple(times)) for times in samples]
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss there counts the parent before exec, too
+        [line] = [x for x in status.read_text().splitlines() if x.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def gpu_peak_memory() -> int:
+    """Largest memory that MLX held on the GPU since its last reset, bytes; 0 without."""
+    return mx.get_peak_memory() if gpu_available() else 0
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the versions that a measurement depends on; no names or paths."""
+    gpu = mx.device_info(mx.Device(mx.gpu)) if gpu_available() else {}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(pages / 2**30),
+        "gpu": gpu.get("device_name", "none"),
+        "python": platform.python_version(),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    if sys.platform == "darwin":
+        words = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class BenchFiles:
+    """What a benchmark converts with; the defaults are the bundled test models.
+
+    Attributes:
+        voice: the voice; None for the bundled one.
+        index: its index, or None.
+        encoder: content encoder; None for the bundled or downloaded one.
+        rmvpe: pitch network; None for the bundled or downloaded one.
+    """
+
+    voice: str | None = None
+    index: str | None = None
+    encoder: str | None = None
+    rmvpe: str | None = None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the bundled test models convert."""
+        return self.voice is None
+
+    def converter(self, engine: Engine) -> VoiceConverter:
+        """The models, loaded; what is not given is bundled or downloaded."""
+        default = BUNDLED / "voice.pth"
+        voice = Voice(read_weights(self.voice or default, "voice"), engine)
+        index = self.index or (BUNDLED / "voice.index" if self.bundled else None)
+        net = None
+        if voice.config.f0:
+            net = PitchNet(
+                read_weights(self._net(self.rmvpe, "rmvpe"), "rmvpe"), engine
+            )
+        encoder = read_weights(self._net(self.encoder, "contentvec"), "contentvec")
+        return VoiceConverter(
+            voice,
+            Encoder(encoder, engine),
+            net,
+            read_index(index) if index else None,
+            engine,
+        )
+
+    def _net(self, given: str | None, kind: str) -> str | Path:
+        bundled = {"rmvpe": BUNDLED / "rmvpe.pt", "contentvec": BUNDLED / "contentvec"}
+        if given:
+            return given
+        return bundled[kind] if self.bundled else find_weights(kind, kind)
+
+
+def run_benchmark(
+    files: BenchFiles, seconds: float, runs: int, device: str, precision: str
+) -> dict[str, Any]:
+    """Convert a clip of speech from file to file, first cold, then warm.
+
+    Args:
+        files: models.
+        seconds: length of the clip, 0.1 or more.
+        runs: warm conversions, 1 or more.
+        device: see ``choose_engine``.
+        precision: see ``choose_engine``.
+
+    Returns:
+        A report that JSON can hold: the machine, the device that computed, seconds of
+        the first run ever (with compilation), of a start with compiled models, and of
+        warm runs with their stages, the realtime factor and peak memory in bytes.
+
+    Raises:
+        ValueError: a number is out of range, or files or device do not fit.
+        OSError: a file cannot be read.
+    """
+    if seconds < 0.1 or runs < 1:
+        raise ValueError(
+            f"{seconds} s and {runs} runs were asked for; expected 0.1 s and 1 run or more"
+        )
+    if gpu_available():
+        mx.reset_peak_memory()
+    with tempfile.TemporaryDirectory(prefix="rvc-mlx-bench-") as folder:
+        source, target = Path(folder, "in.wav"), Path(folder, "out.wav")
+        speech = load_audio(BUNDLED / "speech.flac")
+        save_audio(source, np.resize(speech, round(seconds * 16000)), 16000)
+        reports: list[Report] = []
+
+        def start() -> tuple[VoiceConverter, float]:
+            begin = time.perf_counter()
+            engine = choose_engine(device, precision, Path(folder, "compiled"))
+            converter = files.converter(engine)
+            converter.convert_file(source, target)
+            return converter, time.perf_counter() - begin
+
+        _, first = start()
+        converter, compiled = start()
+        [timing] = time_calls(
+            [lambda: reports.append(converter.convert_file(source, target))], runs, 0
+        )
+    return {
+        "device": converter.device,
+        "precision": converter.precision,
+        "voice": converter.voice.path.name,
+        "bundled_models": files.bundled,
+        "seconds": seconds,
+        "first_run_s": first,
+        "compiled_start_s": compiled,
+        "warm": timing.as_dict(),
+        "stages_s": reports[-1].stages,
+        "realtime_factor": seconds / timing.median,
+        "peak_memory_bytes": peak_memory(),
+        "gpu_peak_memory_bytes": gpu_peak_memory(),
+        "environment": environment(),
+    }
+
+
+def summary(report: dict[str, Any]) -> list[str]:
+    """Lines that tell a person what ``run_benchmark`` found."""
+    stages = ", ".join(f"{name} {s:.2f}" for name, s in report["stages_s"].items())
+    rows = {
+        "device": f"{report['device']}, {report['precision']}",
+        "voice": report["voice"]
+        + (" (bundled test models, small)" if report["bundled_models"] else ""),
+        "audio": f"{report['seconds']:g} s",
+        "first run ever": f"{report['first_run_s']:.2f} s, with compilation",
+        "start, compiled": f"{report['compiled_start_s']:.2f} s",
+        "warm": f"{report['warm']['median_s']:.3f} s "
+        f"(median of {len(report['warm']['samples_s'])})",
+        "stages, s": stages,
+        "speed": f"{report['realtime_factor']:.1f} x realtime",
+        "peak memory": f"{report['peak_memory_bytes'] / 2**20:.0f} MiB",
+    }
+    if report["gpu_peak_memory_bytes"]:
+        gpu = report["gpu_peak_memory_bytes"] / 2**20
+        rows["peak GPU memory"] = f"{gpu:.0f} MiB"
+    width = max(map(len, rows))
+    return [f"{name:<{width}}  {value}" for name, value in rows.items()]
