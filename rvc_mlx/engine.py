@@ -150,22 +150,29 @@ class OpenVINOEngine:
         return options
 
     def _compile(self, seam: Seam) -> Any:
-        import openvino
-
         path = self._cache_path(seam)
         options = self._options(seam)
         if path and path.exists():
-            os.utime(path)
-            # Copy-on-write, because OpenVINO wants a writable array; nothing writes.
-            blob = np.memmap(path, np.uint8, "c")
-            tensor = openvino.Tensor(blob, shared_memory=True)
-            self._mapped.append(tensor)  # the compiled model reads its weights there
-            return self._core.import_model(tensor, "CPU", options)
+            try:
+                return self._read_back(path, options)
+            except (RuntimeError, ValueError):  # damaged, or empty
+                log.warning("%s is damaged; compiling again", path)
         log.info("compiling %s for the CPU (once)", seam.name)
         model = to_openvino(seam)
         compiled = self._core.compile_model(model, "CPU", options)
         if path:
             _store(path, compiled.export_model())
+        return compiled
+
+    def _read_back(self, path: Path, options: dict[str, Any]) -> Any:
+        import openvino
+
+        os.utime(path)
+        # Copy-on-write, because OpenVINO wants a writable array; nothing writes.
+        blob = np.memmap(path, np.uint8, "c")
+        tensor = openvino.Tensor(blob, shared_memory=True)
+        compiled = self._core.import_model(tensor, "CPU", options)
+        self._mapped.append(tensor)  # the compiled model reads its weights there
         return compiled
 
     def _cache_path(self, seam: Seam) -> Path | None:

@@ -1,0 +1,426 @@
+"""Choosing an engine, running seams, and the compiled models kept on disk."""
+
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rvc_mlx import engine as module
+from rvc_mlx.engine import (
+    MLXEngine,
+    OpenVINOEngine,
+    Seam,
+    choose_engine,
+    cpu_precisions,
+    describe_device,
+    fingerprint,
+)
+
+SHAPE = (1, 12, 6)
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setenv("MLX_ENABLE_TF32", "1")  # is put back after the test
+
+
+def values(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+class Counted:
+    """A seam's ``build`` that counts how often weights are loaded, and in which type."""
+
+    def __init__(self, factor=1.0):
+        self.factor = factor
+        self.dtypes = []
+
+    def __call__(self, dtype):
+        self.dtypes.append(dtype)
+        weight = mx.array(values(6, 6, seed=1) * self.factor).astype(dtype)
+        return [lambda x, g: mx.tanh(x @ weight) + g, lambda y: y.sum(axis=-1)]
+
+
+def seam(build, identity="weights", lengths=(10, 11, 14), exact=False):
+    def inputs(T):
+        return [((1, T, 6), mx.float32), ((1, 1, 6), mx.float32)]
+
+    return Seam("step", identity, build, inputs, lengths, exact)
+
+
+INPUTS = (values(*SHAPE), values(1, 1, 6, seed=2))
+EXPECTED = (np.tanh(INPUTS[0] @ values(6, 6, seed=1)) + INPUTS[1]).sum(axis=-1)
+
+
+# Choice -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["", "cuda", "GPU", "npu"])
+def test_unknown_device(device):
+    with pytest.raises(ValueError, match="unknown; choose one of auto, gpu, cpu"):
+        choose_engine(device)
+
+
+@pytest.mark.parametrize("precision", ["", "fp16", "f64", "int8"])
+def test_unknown_precision(precision):
+    with pytest.raises(ValueError, match="unknown; choose one of auto, f32, bf16, f16"):
+        choose_engine("cpu", precision)
+
+
+def test_no_gpu_is_an_error_not_another_device(monkeypatch):
+    monkeypatch.setattr(module, "gpu_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"no GPU here; use --device cpu, or\s+install"
+    ):
+        choose_engine("gpu")
+
+
+def test_auto_takes_the_cpu_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(module, "gpu_available", lambda: False)
+    engine = choose_engine("auto", "f32")
+    assert isinstance(engine, OpenVINOEngine)
+    assert engine.device.startswith("CPU (")
+    assert "OpenVINO" in engine.device
+
+
+def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(module, "gpu_available", lambda: True)
+    monkeypatch.setattr(module, "describe_device", lambda device: f"a {device.type}")
+    engine = choose_engine("auto")
+    assert isinstance(engine, MLXEngine)
+    assert "gpu" in engine.device
+    assert engine.precision == "f32"
+
+
+def test_precision_that_the_cpu_lacks(monkeypatch):
+    monkeypatch.setattr(module, "cpu_precisions", lambda: ["f32", "f16"])
+    with pytest.raises(ValueError, match=r"'bf16' was asked for.*f32, f16 in hardware"):
+        choose_engine("cpu", "bf16")
+    assert choose_engine("cpu", "f16").precision == "f16"
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [(["f32"], "f32"), (["f32", "f16"], "f32"), (["f32", "f16", "bf16"], "bf16")],
+)
+def test_automatic_precision_of_the_cpu(monkeypatch, offered, chosen):
+    monkeypatch.setattr(module, "cpu_precisions", lambda: offered)
+    assert choose_engine("cpu").precision == chosen
+
+
+def test_this_cpu_computes_float32():
+    assert cpu_precisions()[0] == "f32"
+    assert set(cpu_precisions()) <= {"f32", "f16", "bf16"}
+
+
+def test_openvino_missing(monkeypatch):
+    monkeypatch.setattr(module, "openvino_available", lambda: False)
+    with pytest.raises(ValueError, match=r"pip install 'rvc-mlx\[cpu\]'"):
+        choose_engine("cpu")
+    assert isinstance(choose_engine("mlx-cpu"), MLXEngine)
+
+
+def test_float32_switches_tf32_off():
+    choose_engine("mlx-cpu", "auto")
+    assert os.environ["MLX_ENABLE_TF32"] == "1"
+    choose_engine("mlx-cpu", "f32")
+    assert os.environ["MLX_ENABLE_TF32"] == "0"
+
+
+def test_devices_are_described():
+    assert describe_device(mx.Device(mx.cpu)).startswith("CPU (")
+    assert choose_engine("mlx-cpu").device.endswith("MLX)")
+
+
+# Running ------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["cpu", "mlx-cpu"])
+def engine(request):
+    return choose_engine(request.param, "f32")
+
+
+@pytest.mark.parametrize("lengths", [(12,), (10, 11, 14)])
+def test_a_seam_runs(engine, lengths):
+    run = engine.bind(seam(Counted(), lengths=lengths))
+    result = run(*INPUTS)
+    assert result.dtype == np.float32
+    assert result.shape == EXPECTED.shape
+    assert np.abs(result - EXPECTED).max() < 1e-5
+
+
+def test_lengths_may_vary_from_call_to_call(engine):
+    run = engine.bind(seam(Counted()))
+    for T in (12, 40, 7, 12):
+        x = values(1, T, 6)
+        expected = (np.tanh(x @ values(6, 6, seed=1)) + INPUTS[1]).sum(axis=-1)
+        assert np.abs(run(x, INPUTS[1]) - expected).max() < 1e-5
+
+
+def test_weights_are_loaded_once_at_the_first_call(engine):
+    build = Counted()
+    run = engine.bind(seam(build))
+    assert build.dtypes == []
+    run(*INPUTS)
+    run(*INPUTS)
+    assert build.dtypes == [mx.float32]
+
+
+def test_results_are_kept(engine):
+    run = engine.bind(seam(Counted()))
+    first = run(*INPUTS)
+    kept = first.copy()
+    run(-INPUTS[0], INPUTS[1])
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_views_are_read_as_they_are(engine):
+    run = engine.bind(seam(Counted()))
+    turned = np.asfortranarray(INPUTS[0][0])[None]
+    strided = np.repeat(INPUTS[0], 2, axis=1)[:, ::2]
+    for x in (turned, strided):
+        assert np.abs(run(x, INPUTS[1]) - EXPECTED).max() < 1e-5
+
+
+def test_integers_stay_integers(engine):
+    table = values(300, 4)
+
+    def inputs(T):
+        return [((1, T), mx.int32)]
+
+    run = engine.bind(
+        Seam(
+            "look", "table", lambda d: [lambda i: mx.array(table)[i]], inputs, (3, 4, 6)
+        )
+    )
+    index = np.array([[0, 255, 299, 7]], np.int32)
+    np.testing.assert_allclose(run(index), table[index], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("f16", mx.float16), ("bf16", mx.bfloat16)]
+)
+def test_mlx_computes_in_the_precision_asked_for(precision, dtype):
+    engine = choose_engine("mlx-cpu", precision)
+    build = Counted()
+    result = engine.bind(seam(build))(*INPUTS)
+    assert build.dtypes == [dtype]
+    assert result.dtype == np.float32
+    assert 1e-6 < np.abs(result - EXPECTED).max() < 0.1
+
+
+@pytest.mark.parametrize("precision", ["f16", "bf16"])
+def test_exact_seams_stay_float32(precision, monkeypatch):
+    build = Counted()
+    run = choose_engine("mlx-cpu", precision).bind(seam(build, exact=True))
+    assert np.abs(run(*INPUTS) - EXPECTED).max() < 1e-5
+    assert build.dtypes == [mx.float32]
+    monkeypatch.setattr(module, "cpu_precisions", lambda: ["f32", precision])
+    engine = choose_engine("cpu", precision)
+    hints = [
+        engine._options(seam(build, exact=exact))["INFERENCE_PRECISION_HINT"]
+        for exact in (True, False)
+    ]
+    assert hints == ["f32", precision]
+
+
+@pytest.mark.parametrize(("variable", "threads"), [("1", 1), ("2", 2), ("1,2", 1)])
+def test_threads_are_those_of_openmp(monkeypatch, variable, threads, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    for _ in range(2):  # compiled, then read back
+        engine = choose_engine("cpu", "f32", tmp_path)
+        compiled = engine._compile(seam(Counted()))
+        assert compiled.get_property("INFERENCE_NUM_THREADS") == threads
+        assert compiled.get_property("NUM_STREAMS") == 1
+
+
+def test_without_openmp_openvino_chooses_the_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    engine = choose_engine("cpu", "f32")
+    assert "INFERENCE_NUM_THREADS" not in engine._options(seam(Counted()))
+
+
+# Compiled models on disk --------------------------------------------------------------
+
+
+def blobs(folder):
+    return sorted(folder.glob("*"))
+
+
+def run_once(cache, build, **options):
+    return choose_engine("cpu", "f32", cache).bind(seam(build, **options))(*INPUTS)
+
+
+def test_a_second_engine_reads_the_compiled_model(tmp_path):
+    cache = tmp_path / "not" / "there"
+    first, second = Counted(), Counted()
+    result = run_once(cache, first)
+    assert len(blobs(cache)) == 1
+    again = run_once(cache, second)
+    assert (len(first.dtypes), len(second.dtypes)) == (1, 0)
+    np.testing.assert_array_equal(again, result)
+    assert len(blobs(cache)) == 1
+
+
+SECOND_PROCESS = """
+import sys
+from pathlib import Path
+import mlx.core as mx
+import numpy as np
+from rvc_mlx.engine import Seam, choose_engine
+
+def build(dtype):
+    raise AssertionError("the compiled model is on disk")
+
+def inputs(T):
+    return [((1, T, 6), mx.float32), ((1, 1, 6), mx.float32)]
+
+folder = Path(sys.argv[1])
+seam = Seam("step", "weights", build, inputs, (10, 11, 14))
+run = choose_engine("cpu", "f32", folder / "cache").bind(seam)
+arrays = np.load(folder / "inputs.npz")
+np.save(folder / "result.npy", run(arrays["x"], arrays["g"]))
+"""
+
+
+def test_another_process_reads_the_compiled_model(tmp_path):
+    result = run_once(tmp_path / "cache", Counted())
+    np.savez(tmp_path / "inputs.npz", x=INPUTS[0], g=INPUTS[1])
+    subprocess.run([sys.executable, "-c", SECOND_PROCESS, str(tmp_path)], check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "result.npy"), result)
+
+
+def test_nothing_is_kept_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_once(None, Counted())
+    assert blobs(tmp_path) == []
+
+
+def test_other_weights_are_compiled_anew(tmp_path):
+    first = run_once(tmp_path, Counted(), identity="one")
+    build = Counted(factor=2.0)
+    second = run_once(tmp_path, build, identity="two")
+    assert len(build.dtypes) == 1
+    assert len(blobs(tmp_path)) == 2
+    assert np.abs(second - first).max() > 0.1
+
+
+@pytest.mark.parametrize("change", ["lengths", "threads", "code", "openvino", "exact"])
+def test_whatever_changes_the_model_compiles_anew(tmp_path, monkeypatch, change):
+    run_once(tmp_path, Counted())
+    options = {}
+    if change == "lengths":
+        options["lengths"] = (12,)
+    elif change == "exact":  # the same in float32, and so the same model
+        options["exact"] = True
+    elif change == "threads":
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    elif change == "code":
+        monkeypatch.setattr(module, "_source_hash", lambda: "another")
+    else:
+        version = module.importlib.metadata.version
+        monkeypatch.setattr(
+            module.importlib.metadata,
+            "version",
+            lambda name: "9.9" if name == "openvino" else version(name),
+        )
+    build = Counted()
+    run_once(tmp_path, build, **options)
+    assert len(build.dtypes) == (change != "exact")
+
+
+def test_the_code_that_translates_is_part_of_the_name():
+    digest = module._source_hash()
+    assert len(digest) == 64
+    assert module._source_hash() == digest
+
+
+def aged(path, seconds):
+    status = path.stat()
+    os.utime(path, (status.st_atime - seconds, status.st_mtime - seconds))
+
+
+def test_the_oldest_models_go_when_the_folder_is_full(tmp_path, monkeypatch):
+    run_once(tmp_path, Counted(), identity="a")
+    [a] = blobs(tmp_path)
+    monkeypatch.setattr(module, "_CACHE_LIMIT", int(2.5 * a.stat().st_size))
+    aged(a, 200)
+    run_once(tmp_path, Counted(), identity="b")
+    [b] = set(blobs(tmp_path)) - {a}
+    aged(b, 100)
+    run_once(tmp_path, Counted(), identity="a")  # read: now the newest
+    run_once(tmp_path, Counted(), identity="c")
+    left = blobs(tmp_path)
+    assert len(left) == 2
+    assert a in left
+    assert b not in left
+
+
+def test_other_files_are_never_deleted(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("mine")
+    monkeypatch.setattr(module, "_CACHE_LIMIT", 0)
+    run_once(tmp_path, Counted())
+    assert [path.name for path in blobs(tmp_path)] == ["notes.txt"]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(self, data):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_once(tmp_path, Counted())
+    assert blobs(tmp_path) == []
+
+
+# Identity of weights ------------------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "voice.pth"
+    path.write_bytes(bytes(300_000))
+    return path
+
+
+def test_fingerprint_is_stable(weights):
+    assert fingerprint(weights, "v1", 3) == fingerprint(weights, "v1", 3)
+
+
+def test_settings_change_the_fingerprint(weights):
+    prints = {fingerprint(weights, *s) for s in ((), ("v1",), ("v2",), ("v1", 3))}
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize("place", [0, 65_535, 300_000 - 65_536, 299_999])
+def test_content_changes_the_fingerprint(weights, place):
+    before, times = fingerprint(weights), weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[place] = 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert fingerprint(weights) != before
+
+
+def test_time_and_size_change_the_fingerprint(weights):
+    before = fingerprint(weights)
+    aged(weights, 5)
+    older = fingerprint(weights)
+    weights.write_bytes(bytes(300_001))
+    assert len({before, older, fingerprint(weights)}) == 3
+
+
+def test_small_files_have_fingerprints(tmp_path):
+    (tmp_path / "a").write_bytes(b"")
+    (tmp_path / "b").write_bytes(b"x")
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+
+
+def test_a_missing_file_has_none(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        fingerprint(tmp_path / "voice.pth")
