@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ValueError,
         OSError,
         ImportError,
-        NotImplementedError,
+        RuntimeError,  # of OpenVINO or MLX, and what is not implemented
         MemoryError,
     ) as error:
         print(f"rvc-mlx: {_one_line(error)}", file=sys.stderr)
@@ -142,6 +142,10 @@ def _add_convert(commands: Any) -> None:
         help="content encoder (default: the downloaded ContentVec)",
     )  # fmt: skip
     parser.add_argument(
+        "--embedder-model", default="contentvec", choices=("contentvec",),
+        help="name of the encoder, where it is not given as a file",
+    )  # fmt: skip
+    parser.add_argument(
         "--rmvpe", metavar="FILE", help="pitch network (default: the downloaded RMVPE)"
     )
     _add_options(parser)
@@ -222,6 +226,11 @@ def _convert(arguments: argparse.Namespace) -> int:
     suffix = f".{arguments.format or 'wav'}"
     tasks = plan_tasks(inputs, arguments.output, suffix)
     many = len(tasks) > 1 or tasks[0].target != Path(arguments.output)
+    if not many and arguments.format and tasks[0].target.suffix.lower() != suffix:
+        raise _MisuseError(
+            f"--format {arguments.format} does not fit {arguments.output}; the suffix "
+            "says the format of a single file"
+        )
     _refuse_overwrite(tasks, many, arguments.force)
     converter = _load(arguments)
     print(

@@ -306,7 +306,7 @@ class Voice:
         U, H = self.config.samples_per_frame, self.harmonics
 
         def inputs(T: int) -> list[Shape]:
-            shapes = [(1, T, U), (1, T), (1, 1, H), (1, T * U, H)]
+            shapes = [(1, T, U), (1, T, U), (1, 1, H), (1, T * U, H)]
             return [(shape, mx.float32) for shape in shapes]
 
         length = self.window + 2 * self.source_context

@@ -125,12 +125,9 @@ def _arange(call: Call) -> Value:
     return plain(op.convert(op.constant(values), call.type), call.shapes[0])
 
 
-def _same(call: Call) -> Value:
+@operation("Full")
+def _full(call: Call) -> Value:
     return call.inputs[0]
-
-
-for _name in ("Contiguous", "Copy", "StopGradient", "Full"):
-    operation(_name)(_same)
 
 
 # Shape.

@@ -614,8 +614,9 @@ class _Oscillator:
 
     def __init__(self, voice: Voice, f0: np.ndarray, noise: Noise, segment: int):
         U = voice.config.samples_per_frame
-        self._cycles = pitch.sample_cycles(f0, U, voice.config.vocoder == "RefineGAN")
-        self._phases = pitch.frame_phases(self._cycles)
+        cycles = pitch.sample_cycles(f0, U, voice.config.vocoder == "RefineGAN")
+        self._voiced = (cycles > 0).astype(np.float32)
+        self._phases = pitch.sample_phases(cycles)
         offset = noise.uniform("phase", segment, voice.harmonics)
         offset[0] = 0  # the fundamental starts at phase 0
         self._offset = offset[None, None]
@@ -631,7 +632,7 @@ class _Oscillator:
             "source", self._segment, begin, begin + length, U, voice.harmonics
         )
         source = voice.source(
-            _window(self._cycles, begin, length)[None].astype(np.float32),
+            _window(self._voiced, begin, length)[None],
             _window(self._phases, begin, length)[None],
             self._offset,
             noise[None],

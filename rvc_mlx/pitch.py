@@ -230,16 +230,18 @@ def sample_cycles(
     return curve / (FRAME_RATE * U)
 
 
-def frame_phases(cycles: np.ndarray) -> np.ndarray:
-    """Phase before each frame, in cycles within -0.5..0.5.
+def sample_phases(cycles: np.ndarray) -> np.ndarray:
+    """Phase of the oscillator at each output sample.
 
-    Accumulated in float64: a float32 sum is off by 1e-4 after ten seconds.
+    Accumulated in float64 over the whole segment: a float32 sum is off by 1e-4 after ten
+    seconds, and by ten times as much at the ninth harmonic.
 
     Args:
         cycles: ``[T, U]`` of ``sample_cycles``.
 
     Returns:
-        ``[T]`` float32.
+        ``[T, U]`` float32, in cycles within -0.5..0.5.
     """
-    phase = np.cumsum(cycles.sum(axis=1)) - cycles.sum(axis=1)
-    return (phase - np.rint(phase)).astype(np.float32)
+    phase = np.cumsum(cycles)
+    phase -= np.rint(phase)
+    return phase.astype(np.float32).reshape(cycles.shape)

@@ -29,8 +29,8 @@ Stage = tuple[nn.Module, nn.Module | None, Sequence[nn.Module]]
 class SineSource(nn.Module):
     """Excitation: sines at the harmonics of F0 plus noise, merged to one channel.
 
-    The phase at the start of each frame comes in as an input (accumulated in float64 by
-    ``pitch.frame_phases``), so that float32 only carries the few cycles of one frame.
+    The phase of every sample comes in as an input, accumulated in float64 by
+    ``pitch.sample_phases``.
     """
 
     def __init__(self, harmonics: int):
@@ -38,31 +38,29 @@ class SineSource(nn.Module):
         self.l_linear = nn.Linear(harmonics, 1)
 
     def __call__(
-        self, hertz: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
+        self, voiced: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
     ) -> mx.array:
         """Make the excitation.
 
         Args:
-            hertz: F0 of every sample divided by the sample rate, ``[B, T, U]`` in
-                cycles; 0 where unvoiced.
-            phase: phase before the first sample of each frame, ``[B, T]`` in cycles.
+            voiced: 1 where there is F0, else 0, ``[B, T, U]``.
+            phase: of the fundamental at every sample, ``[B, T, U]`` in cycles.
             offset: starting phase of each harmonic, ``[B, 1, harmonics]`` in cycles.
             noise: standard normal, ``[B, T * U, harmonics]``.
 
         Returns:
             ``[B, T * U, 1]`` in -1..1.
         """
-        return mx.tanh(self.l_linear(self.excitation(hertz, phase, offset, noise)))
+        return mx.tanh(self.l_linear(self.excitation(voiced, phase, offset, noise)))
 
     def excitation(
-        self, hertz: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
+        self, voiced: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
     ) -> mx.array:
         """As ``__call__``, before the merge: ``[B, T * U, harmonics]``."""
-        cycles = phase[..., None] + mx.cumsum(hertz, axis=-1)
-        cycles = (cycles - mx.floor(cycles)).flatten(-2)[..., None]  # [B, L, 1]
+        voiced = voiced.flatten(-2)[..., None]  # [B, L, 1]
+        phase = phase.flatten(-2)[..., None]
         multiples = mx.arange(1, noise.shape[-1] + 1, dtype=mx.float32)
-        sines = mx.sin((2 * math.pi) * (cycles * multiples + offset))
-        voiced = (hertz > 0).astype(mx.float32).flatten(-2)[..., None]
+        sines = mx.sin((2 * math.pi) * (phase * multiples + offset))
         deviation = voiced * VOICED_NOISE + (1 - voiced) * UNVOICED_NOISE
         return SINE_AMPLITUDE * voiced * sines + deviation * noise
 

@@ -132,10 +132,10 @@ class MergedSource(SineSource):
         self.merge = [nn.Linear(1, 1, bias=False)]
 
     def __call__(
-        self, hertz: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
+        self, voiced: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
     ) -> mx.array:
         """As ``SineSource``."""
-        return mx.tanh(self.merge[0](self.excitation(hertz, phase, offset, noise)))
+        return mx.tanh(self.merge[0](self.excitation(voiced, phase, offset, noise)))
 
 
 class RefineGANGenerator(nn.Module):
