@@ -27,7 +27,8 @@ from rvc_mlx.audio_io import load_audio, save_audio
 from rvc_mlx.engine import choose_engine, gpu_available
 from rvc_mlx.inspection import BUNDLED
 from rvc_mlx.loading import Encoder, Engine, PitchNet, Voice, find_weights, read_weights
-from rvc_mlx.pipeline import Report, VoiceConverter
+from rvc_mlx.pipeline import VoiceConverter
+from rvc_mlx.report import Report
 from rvc_mlx.retrieval import read_index
 
 _PACKAGES = ("rvc-mlx", "mlx", "openvino", "numpy", "scipy", "soxr")

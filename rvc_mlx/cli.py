@@ -23,7 +23,8 @@ from rvc_mlx.version import __version__
 
 if TYPE_CHECKING:
     from rvc_mlx.batch import Manifest, Task
-    from rvc_mlx.pipeline import Report, VoiceConverter
+    from rvc_mlx.pipeline import VoiceConverter
+    from rvc_mlx.report import Report
 
 FORMATS = ("wav", "flac", "mp3", "ogg")
 SUBTYPES = {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"}

@@ -22,7 +22,8 @@ from rvc_mlx import ConversionOptions
 from rvc_mlx.checkpoint import read_checkpoint
 from rvc_mlx.cli import main
 from rvc_mlx.download import PUBLIC_WEIGHTS, WeightFile, Weights
-from rvc_mlx.pipeline import Report, VoiceConverter
+from rvc_mlx.pipeline import VoiceConverter
+from rvc_mlx.report import Report
 from tools import make_test_models as maker
 from tools.random_weights import random_voice
 

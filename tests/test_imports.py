@@ -24,7 +24,7 @@ ORDER = [
     *("formats", "checkpoint", "download"),
     *("models", "gru_kernel", "feature_index", "faiss_file", "retrieval"),
     *("openvino_graph", "openvino_fusions", "openvino_ops", "engine", "options"),
-    *("noise", "pitch", "loading", "pipeline"),
+    *("noise", "pitch", "loading", "segments", "report", "decoding", "job", "pipeline"),
     *("batch", "export", "inspection", "bench", "cli"),
 ]
 # Imported in functions only, where they are wanted.

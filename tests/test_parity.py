@@ -22,6 +22,7 @@ import torch
 
 from rvc_mlx import ConversionOptions, pitch
 from rvc_mlx.audio_io import load_audio
+from rvc_mlx.decoding import decode
 from rvc_mlx.engine import MLXEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.models import contentvec
@@ -30,6 +31,8 @@ from rvc_mlx.models.synthesizer import Synthesizer, sanitize
 from rvc_mlx.noise import Noise
 from rvc_mlx.openvino_graph import translate
 from rvc_mlx.pipeline import VoiceConverter
+from rvc_mlx.report import Report
+from rvc_mlx.segments import Segment
 from rvc_reference import rmvpe as reference_rmvpe
 from rvc_reference.loading import load_contentvec, load_rmvpe, load_voice
 from rvc_reference.pipeline import ReferencePipeline, prepare, quantize_f0
@@ -215,18 +218,14 @@ def check_prior(name, checkpoint, voice, theirs, nets, padded, f0, sid):
 
 def check_vocoder(name, voice, theirs, nets, latent, f0, sid):
     """Windowed decoding against the reference's decoding of the whole segment."""
-    from rvc_mlx.pipeline import Report, Segment, _Job
-
     T, U, noise = latent.shape[1], voice.config.samples_per_frame, Noise(2)
     _, draws = theirs.draw(noise, 0, T)
     hertz = None if f0 is None else torch.from_numpy(f0[:T].astype(np.float32))[None]
     g = theirs.speaker(sid)
     whole = theirs.decode(latent, hertz, g, draws.source, draws.phase, draws.adain)
-    job = _Job.__new__(_Job)
-    job.voice, job.noise, job.report = voice, noise, Report()
-    job.speaker = voice.speakers[sid][None, None]
     contour = None if f0 is None else f0[:T]
-    blocks = job._decode(latent.numpy(), contour, Segment(0, 0, 0, 100, T - 100))
+    speaker, kept = voice.speakers[sid][None, None], Segment(0, 0, 0, 100, T - 100)
+    blocks = decode(voice, latent.numpy(), contour, speaker, kept, noise, Report())
     ours = np.concatenate(list(blocks))
     check(
         f"{name} vocoder",

@@ -16,8 +16,9 @@ from rvc_mlx.audio import high_pass
 from rvc_mlx.engine import OpenVINOEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.noise import Noise
-from rvc_mlx.pipeline import VoiceConverter, find_cuts, plan_segments
+from rvc_mlx.pipeline import VoiceConverter
 from rvc_mlx.retrieval import read_index
+from rvc_mlx.segments import find_cuts, plan_segments
 from rvc_mlx.spool import Spool
 from rvc_reference import pipeline as reference_pipeline
 from rvc_reference.noise import ZeroNoise

@@ -1,0 +1,146 @@
+"""From features to audio: the latent, then the vocoder in windows of one length.
+
+A window brings the vocoder's receptive field as context on both sides, so the result is
+what decoding the whole segment at once would give, in bounded memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from rvc_mlx import pitch
+from rvc_mlx.loading import Voice
+from rvc_mlx.noise import Noise
+from rvc_mlx.report import Report
+from rvc_mlx.segments import Segment
+
+
+def sample_latent(
+    voice: Voice,
+    features: np.ndarray,
+    f0: np.ndarray | None,
+    speaker: np.ndarray,
+    segment: Segment,
+    noise: Noise,
+) -> np.ndarray:
+    """Text encoder, prior sample and inverse flow of a segment.
+
+    Args:
+        voice: the voice.
+        features: ``[T, feature_size]`` float32, 100 frames per second.
+        f0: ``[T]`` in Hz, None for a voice without F0.
+        speaker: embedding ``[1, 1, gin_channels]`` float32.
+        segment: its number is part of the noise's key.
+        noise: source of the prior's noise.
+
+    Returns:
+        ``[1, T, inter_channels]`` float32.
+    """
+    T, width = len(features), voice.config.inter_channels
+    draw = noise.normal("prior", segment.number, 0, T, 1, width)
+    inputs = [features[None], draw[None], speaker]
+    if f0 is not None:
+        inputs.append(pitch.quantize_f0(f0)[None])
+    return voice.prior(*inputs)
+
+
+def decode(
+    voice: Voice,
+    z: np.ndarray,
+    f0: np.ndarray | None,
+    speaker: np.ndarray,
+    segment: Segment,
+    noise: Noise,
+    report: Report,
+) -> Iterator[np.ndarray]:
+    """Decode the kept frames of a segment.
+
+    Args:
+        voice: the voice.
+        z: latent ``[1, T, inter_channels]`` float32 of the whole segment.
+        f0: ``[T]`` in Hz, None for a voice without F0.
+        speaker: embedding ``[1, 1, gin_channels]`` float32.
+        segment: which frames are kept; its number is part of the noise's key.
+        noise: source of the excitation's noise.
+        report: takes the time of the stages.
+
+    Yields:
+        Audio ``[n]`` float32 at the voice's rate, ``(last - first) * U`` samples in all.
+    """
+    U = voice.config.samples_per_frame
+    core = voice.window - 2 * voice.context
+    oscillator = None if f0 is None else Oscillator(voice, f0, noise, segment.number)
+    for first in range(segment.first, segment.last, core):
+        start = first - voice.context
+        inputs = [_window(z[0], start, voice.window)[None], speaker]
+        if oscillator:
+            with report.stage("source"):
+                inputs += oscillator.window(start)
+        with report.stage("vocoder"):
+            audio = voice.vocoder(*inputs)[0]
+        count = min(core, segment.last - first)
+        yield audio[voice.context * U : (voice.context + count) * U]
+
+
+def _window(frames: np.ndarray, start: int, length: int) -> np.ndarray:
+    """Frames ``start..start + length`` of ``[T, ...]``, zeros beyond the end."""
+    piece = frames[start : start + length]
+    missing = length - len(piece)
+    return (
+        np.pad(piece, ((0, missing), *((0, 0),) * (frames.ndim - 1)))
+        if missing
+        else piece
+    )
+
+
+class Oscillator:
+    """Excitation and noises of any window of a segment."""
+
+    def __init__(self, voice: Voice, f0: np.ndarray, noise: Noise, segment: int):
+        U = voice.config.samples_per_frame
+        cycles = pitch.sample_cycles(f0, U, voice.config.vocoder == "RefineGAN")
+        self._voiced = (cycles > 0).astype(np.float32)
+        self._phases = pitch.sample_phases(cycles)
+        offset = noise.uniform("phase", segment, voice.harmonics)
+        offset[0] = 0  # the fundamental starts at phase 0
+        self._offset = offset[None, None]
+        self._voice, self._noise, self._segment = voice, noise, segment
+
+    def window(self, start: int) -> list[np.ndarray]:
+        """Vocoder inputs after the speaker, for a window from frame ``start``."""
+        voice, U = self._voice, self._voice.config.samples_per_frame
+        assert voice.source is not None
+        begin = start - voice.source_context
+        length = voice.window + 2 * voice.source_context
+        noise = self._noise.normal(
+            "source", self._segment, begin, begin + length, U, voice.harmonics
+        )
+        source = voice.source(
+            _window(self._voiced, begin, length)[None],
+            _window(self._phases, begin, length)[None],
+            self._offset,
+            noise[None],
+        )
+        return [
+            source,
+            *(self._stage_noise(start, i) for i in range(len(voice.noise_shapes))),
+        ]
+
+    def _stage_noise(self, start: int, stage: int) -> np.ndarray:
+        per_frame, channels = self._voice.noise_shapes[stage]
+        stop = start + self._voice.window
+        parts = [
+            self._noise.normal(
+                f"adain.{stage}.{branch}.{place}",
+                self._segment,
+                start,
+                stop,
+                per_frame,
+                channels,
+            )
+            for branch in range(3)
+            for place in (0, 2)
+        ]
+        return np.concatenate(parts, axis=1)[None]

@@ -1,0 +1,35 @@
+"""What a conversion did, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        seconds: length of the recording.
+        samples: samples written.
+        sample_rate: of the result, Hz.
+        stages: seconds spent per stage.
+    """
+
+    seconds: float = 0.0
+    samples: int = 0
+    sample_rate: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time inside the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - start
+            self.stages[name] = self.stages.get(name, 0.0) + spent
