@@ -124,6 +124,7 @@ def _add_convert(commands: Any) -> None:
     parser.add_argument("inputs", nargs="*", metavar="INPUT", help="files or folders")
     parser.add_argument(
         "--input-path", "--input-folder", dest="more", action="append", default=[],
+        metavar="INPUT",
         help="another way to name an input",
     )  # fmt: skip
     parser.add_argument(

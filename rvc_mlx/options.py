@@ -64,7 +64,8 @@ class ConversionOptions:
         high=1,
     )
     index_exact: bool = option(
-        False, "search the whole index instead of the nearest cell, as faiss would"
+        False,
+        "search the whole index; faiss, and so the original, looks into one cell only",
     )
     protect: float = option(
         0.33,
