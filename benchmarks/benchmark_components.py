@@ -17,15 +17,9 @@ from typing import Any, NamedTuple
 import common
 import numpy as np
 import stages
+from our_side import OurSynthesis, synthesis_inputs, voice_network
 from torch_side import OnDevice, TorchPitch, decode
-from twins import (
-    OurSynthesis,
-    Sides,
-    main_for_each,
-    save,
-    synthesis_inputs,
-    voice_network,
-)
+from twins import Sides, main_for_each, save
 
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_reference.loading import load_contentvec, load_voice

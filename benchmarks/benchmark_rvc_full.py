@@ -14,8 +14,9 @@ from typing import Any
 
 import common
 import numpy as np
+from our_side import OurSynthesis, synthesis_inputs
 from torch_side import OnDevice, synthesize
-from twins import OurSynthesis, Sides, main_for_each, save, synthesis_inputs
+from twins import Sides, main_for_each, save
 
 from rvc_mlx.loading import Voice, read_weights
 from rvc_reference.loading import load_voice

@@ -291,16 +291,3 @@ def verdict(row: dict[str, Any]) -> str:
     """Whether a row is within both tolerances."""
     good = row["max_abs"] <= row["max_tolerance"]
     return "ok" if good and row["mean_abs"] <= row["mean_tolerance"] else "**FAILS**"
-
-
-def step(before: Result, after: Result) -> str:
-    """The lengths of an optimisation step, before and after."""
-    old = {row["seconds"]: row for row in before["rows"]}
-    rows = []
-    for row in after["rows"]:
-        if past := old.get(row["seconds"]):
-            times = [past["ours"]["median_s"], row["ours"]["median_s"]]
-            cents = [past["max_cents"], row["max_cents"]]
-            rows.append([row["seconds"], *times, times[0] / times[1], *cents])
-    header = ("audio, s", "before, s", "after, s", "gain")
-    return table((*header, "before, max cents", "after, max cents"), rows)

@@ -16,14 +16,8 @@ from pathlib import Path
 import common
 import numpy as np
 import soundfile
-from stages import (
-    convert_ours,
-    convert_torch,
-    f0_rows,
-    parity_row,
-    require,
-    x_pad,
-)
+from parity import f0_rows, parity_row, require
+from stages import convert_ours, convert_torch, x_pad
 from torch_side import TorchPipeline
 from twins import Sides, choose_sides, converter
 

@@ -14,6 +14,7 @@ from functools import cache
 
 import common
 import stages
+from parity import Row, parity_table, require
 from twins import Sides, choose_sides, main_for_each, save
 
 SECONDS = 1.5
@@ -29,29 +30,29 @@ def _parser() -> argparse.ArgumentParser:
     return common.parser(__doc__, precisions=("f32",))
 
 
-def rmvpe_rows(sides: Sides) -> list[stages.Row]:
+def rmvpe_rows(sides: Sides) -> list[Row]:
     path = common.model_file("rmvpe.pt")
     return stages.rmvpe_rows(sides, path, common.synthetic_audio(SECONDS))
 
 
-def attention_rows(sides: Sides) -> list[stages.Row]:
+def attention_rows(sides: Sides) -> list[Row]:
     return stages.attention_rows(sides, common.model_file("v2_48k.pth"), FRAMES)
 
 
-def synthesis_rows(sides: Sides) -> list[stages.Row]:
+def synthesis_rows(sides: Sides) -> list[Row]:
     return stages.synthesis_rows(sides, common.model_file("v2_48k.pth"), FRAMES)
 
 
 def test_rmvpe() -> None:
-    stages.require(rmvpe_rows(_sides()))
+    require(rmvpe_rows(_sides()))
 
 
 def test_attention() -> None:
-    stages.require(attention_rows(_sides()))
+    require(attention_rows(_sides()))
 
 
 def test_synthesis() -> None:
-    stages.require(synthesis_rows(_sides()))
+    require(synthesis_rows(_sides()))
 
 
 def measure(arguments: argparse.Namespace, sides: Sides) -> int:
@@ -65,7 +66,7 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> int:
         for name, group in groups.items()
         for row in group(sides)
     ]
-    print(stages.parity_table(rows))
+    print(parity_table(rows))
     names = ("rmvpe.pt", "v2_48k.pth")
     used = {name: common.model_file(name) for name in names}
     save(arguments, sides, "mlx_vs_torch", used, rows=rows)

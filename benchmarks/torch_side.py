@@ -28,7 +28,7 @@ from rvc_reference.vocoders import VocoderNoise
 
 if TYPE_CHECKING:
     from common import Models
-    from twins import SynthesisInputs
+    from our_side import SynthesisInputs
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 

@@ -1,6 +1,6 @@
-"""Both sides of every comparison: our steps on an engine, and who stands against them.
+"""What computes on each side of a comparison, and scripts that run once per precision.
 
-PyTorch's half of it is in ``torch_side.py``, the parity of single layers in ``stages.py``.
+Our networks are in ``our_side.py``, PyTorch's in ``torch_side.py``.
 """
 
 from __future__ import annotations
@@ -8,41 +8,26 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
 import torch
 from common import TEST_MODELS, Models, describe_files, environment, write_json
 from torch_side import Place
 
-from rvc_mlx import pitch
-from rvc_mlx.decoding import decode
 from rvc_mlx.engine import (
-    Run,
-    Seam,
-    Step,
     choose_engine,
     cpu_precisions,
-    fingerprint,
     gpu_available,
 )
 from rvc_mlx.loading import Encoder, Engine, PitchNet, Voice, read_weights
-from rvc_mlx.models.layers import load_strictly
-from rvc_mlx.models.synthesizer import Synthesizer, sanitize
-from rvc_mlx.noise import Noise
 from rvc_mlx.pipeline import VoiceConverter
-from rvc_mlx.report import Report
 from rvc_mlx.retrieval import read_index
-from rvc_mlx.segments import Segment
 
 MLX_CPU_WINDOW = 50  # frames that the vocoder decodes at once on MLX's slow CPU
-FRAME_LENGTHS = (50, 51, 70)  # at which seams of any length are traced
 
 
 @dataclass(frozen=True)
@@ -203,50 +188,6 @@ def save(
     return write_json(arguments.output, f"{name}-{sides.name}", facts | content)
 
 
-Shapes = Sequence[tuple[tuple[int, ...], mx.Dtype]]
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network of ours of which single layers are to be bound.
-
-    Attributes:
-        path: its file.
-        make: makes it, without weights.
-        tensors: its weights.
-    """
-
-    path: Path
-    make: Callable[[], nn.Module]
-    tensors: Mapping[str, np.ndarray]
-
-    def bind(
-        self,
-        engine: Engine,
-        name: str,
-        steps: Callable[[Any], Sequence[Step]],
-        inputs: Callable[[int], Shapes],
-        lengths: tuple[int, ...],
-    ) -> Run:
-        """A callable for some of its layers, as ``loading`` makes them for whole seams."""
-
-        def build(dtype: mx.Dtype) -> Sequence[Step]:
-            network = self.make()
-            load_strictly(network, self.tensors)
-            network.set_dtype(dtype)
-            mx.eval(network.parameters())
-            return steps(network)
-
-        identity = fingerprint(self.path, name)
-        return engine.bind(Seam(name, identity, build, inputs, lengths))
-
-
-def voice_network(path: Path, config: Any) -> Network:
-    """The voice of a file."""
-    tensors = sanitize(read_weights(path, "voice").tensors)
-    return Network(path, partial(Synthesizer, config), tensors)
-
-
 def converter(files: Models, sides: Sides) -> VoiceConverter:
     """Our whole conversion."""
     return VoiceConverter(
@@ -256,52 +197,3 @@ def converter(files: Models, sides: Sides) -> VoiceConverter:
         read_index(files.index) if files.index else None,
         sides.engine,
     )
-
-
-class SynthesisInputs(NamedTuple):
-    """What a voice is fed with.
-
-    Attributes:
-        features: ``[T, C]`` float32, slowly moving, unit scale.
-        f0: ``[T]`` float64 in Hz, with unvoiced stretches.
-        noise: all randomness.
-    """
-
-    features: np.ndarray
-    f0: np.ndarray
-    noise: Noise
-
-
-def synthesis_inputs(frames: int, width: int, seed: int = 0) -> SynthesisInputs:
-    """Random inputs of a voice."""
-    slow = np.random.default_rng(seed).standard_normal((frames // 2 + 2, width))
-    features = ((slow[:-1] + slow[1:]) * 2**-0.5).repeat(2, axis=0)[:frames]
-    t = np.arange(frames)
-    f0 = 180 * 2 ** (0.5 * np.sin(t / 15)) * (t % 40 > 9)
-    return SynthesisInputs(features.astype(np.float32), f0, Noise(seed))
-
-
-class OurSynthesis:
-    """The steps of a voice as a conversion runs them, on arrays in memory.
-
-    Attributes:
-        margin: frames on each side that serve the vocoder as context only.
-    """
-
-    def __init__(self, voice: Voice, noise: Noise, speaker: int = 0):
-        self._voice, self._noise = voice, noise
-        self._speaker = voice.speakers[speaker][None, None]
-        self.margin = voice.context
-
-    def latent(self, features: np.ndarray, f0: np.ndarray) -> np.ndarray:
-        """Text encoder, prior sample and inverse flow: ``[1, T, inter]``."""
-        T, width = len(features), self._voice.config.inter_channels
-        noise = self._noise.normal("prior", 0, 0, T, 1, width)
-        coarse = pitch.quantize_f0(f0)[None]
-        return self._voice.prior(features[None], noise[None], self._speaker, coarse)
-
-    def decode(self, z: np.ndarray, f0: np.ndarray) -> np.ndarray:
-        """Source and vocoder: audio of all frames but the margins."""
-        kept = Segment(0, 0, 0, self.margin, len(f0) - self.margin)
-        blocks = decode(self._voice, z, f0, self._speaker, kept, self._noise, Report())
-        return np.concatenate(list(blocks))

@@ -23,8 +23,8 @@ VOICING_THRESHOLD = 0.03  # salience at or below which a frame is unvoiced
 F0_MIN, F0_MAX = 50.0, 1100.0  # Hz, range of the coarse pitch
 COARSE_BINS = 255
 
-CHUNK_FRAMES = 6400  # frames that go through the network at once (a multiple of 32)
-CHUNK_CONTEXT = 256  # of these, frames on each inner side that are thrown away
+CHUNK_FRAMES = 9600  # frames that go through the network at once (a multiple of 32)
+CHUNK_CONTEXT = 512  # of these, frames on each inner side that are thrown away
 
 AUTOTUNE_NOTES = np.round(440 * 2 ** ((np.arange(31, 85) - 69) / 12), 2)  # G1..C6, Hz
 

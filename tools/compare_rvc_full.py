@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import common
 import stages
+from parity import parity_table
 from twins import Sides, main_for_each, save
 
 
@@ -29,7 +30,7 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> int:
     rows = stages.synthesis_rows(sides, files.voice, pt_path=pt)
     rows += stages.conversion_rows(sides, files, clip, pt)
     rows = [row | {"test": "tools/compare_rvc_full.py"} for row in rows]
-    print(stages.parity_table(rows))
+    print(parity_table(rows))
     save(
         arguments, sides, "compare", {**files._asdict(), "voice PyTorch": pt}, rows=rows
     )

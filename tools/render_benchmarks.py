@@ -27,8 +27,8 @@ of the original. The models are full-size networks with random weights, whose
 activations have the scale of trained ones; time does not depend on the values.
 
 - Outputs are computed and copied to the host inside the timed call, on both sides.
-- After one call to warm up, the two sides are timed in turns; tables show medians, the
-  files every sample.
+- After one call to warm up, the two sides are timed in turns (file to file: each in a
+  process of its own); tables show medians, the files every sample.
 - `tf32` means that float32 products may use TF32, on both sides; `f32` that neither may.
 - *First run ever* includes the compilation of the networks, which is kept; *cold* is a
   fresh process from its start to the written file; *warm* is the next conversion.
@@ -95,6 +95,19 @@ def parity(results: list[tables.Result], folder: Path) -> str:
     )
 
 
+def step(before: tables.Result, after: tables.Result) -> str:
+    """The lengths of an optimisation step, before and after."""
+    old = {row["seconds"]: row for row in before["rows"]}
+    rows = []
+    for row in after["rows"]:
+        if past := old.get(row["seconds"]):
+            times = [past["ours"]["median_s"], row["ours"]["median_s"]]
+            cents = [past["max_cents"], row["max_cents"]]
+            rows.append([row["seconds"], *times, times[0] / times[1], *cents])
+    header = ("audio, s", "before, s", "after, s", "gain")
+    return tables.table((*header, "before, max cents", "after, max cents"), rows)
+
+
 def optimization(folder: Path) -> str:
     """``docs/RMVPE_OPTIMIZATION.md``: steps that have a file before and one after."""
     parts = [
@@ -113,7 +126,7 @@ def optimization(folder: Path) -> str:
         files = f"`{before_file}`, `{after['file']}`"
         who = " → ".join(", ".join(tables.labels(r)[:2]) for r in (before, after))
         parts.append(f"## {name}\n\n{note}\n\n{who}. Files: {files}.\n")
-        parts.append(tables.step(before, after) + "\n")
+        parts.append(step(before, after) + "\n")
     if len(parts) == 1:
         parts.append("No step has been measured yet.\n")
     return "\n".join(parts)
