@@ -88,7 +88,17 @@ def estimate_f0(
 
     Returns:
         ``[length // 160 + 1]`` float64 in Hz.
+
+    Raises:
+        ValueError: ``chunk_frames`` leaves nothing between the contexts, or is no
+            multiple of ``frames_multiple``.
     """
+    least = 2 * (CHUNK_CONTEXT + frames_multiple)
+    if chunk_frames < least or chunk_frames % frames_multiple:
+        raise ValueError(
+            f"chunk_frames is {chunk_frames}; expected {least} or more, and a multiple "
+            f"of {frames_multiple}"
+        )
     total = length // HOP_LENGTH + 1
     f0 = np.zeros(total)
     kept = 0

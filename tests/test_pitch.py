@@ -147,7 +147,7 @@ def test_chunks_do_not_show(frames, padding, monkeypatch):
     assert max(read.asked[1:]) <= 416 * 160 + 1024
 
 
-@pytest.mark.parametrize("chunk", [6400, 608])
+@pytest.mark.parametrize("chunk", [pitch.CHUNK_FRAMES, 1120])
 @pytest.mark.parametrize("samples", [513, 4000, 160_000])
 def test_the_network_sees_the_reference_s_mel(samples, chunk):
     audio, seen = tone(samples), []
@@ -165,6 +165,14 @@ def test_the_network_sees_the_reference_s_mel(samples, chunk):
     missing = -len(expected) % 32
     padded = np.pad(expected, ((0, missing), (0, 0)), mode="reflect")
     np.testing.assert_allclose(last, padded[len(padded) - len(last) :], atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 1024, 1056, 6401])
+def test_chunks_that_cannot_work_are_refused(chunk):
+    with pytest.raises(ValueError, match="chunk_frames"):
+        pitch.estimate_f0(
+            smooth_salience, Recording(tone(16_000)), 16_000, chunk_frames=chunk
+        )
 
 
 def test_constant_padding_is_zeros_in_the_log_domain():
