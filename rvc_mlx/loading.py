@@ -25,7 +25,7 @@ from rvc_mlx.models.layers import fold_weight_norm, load_strictly
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.refinegan import RefineGANGenerator
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
-from rvc_mlx.models.synthesizer import Synthesizer
+from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
 
 Engine = MLXEngine | OpenVINOEngine
@@ -256,7 +256,7 @@ class Voice:
         self._tensors = synthesizer.sanitize(checkpoint.tensors)
         self.config = voice_config(checkpoint)
         self.speakers = self._tensors["emb_g.weight"].astype(np.float32)
-        vocoder = Synthesizer(self.config).dec
+        vocoder = build_vocoder(self.config)  # for its sizes; never evaluated
         assert isinstance(vocoder, HiFiGAN | RefineGANGenerator)
         self.context = vocoder.context
         self.source_context = getattr(vocoder, "source_context", 0)

@@ -195,10 +195,6 @@ class Generator(HiFiGAN):
         return self._decode(z, g, source)
 
 
-class SourceModule(SineSource):
-    """The excitation under the checkpoint's name ``m_source``."""
-
-
 class NSFGenerator(Generator):
     """HiFi-GAN driven by a harmonic source: the vocoder of nearly every RVC voice."""
 
@@ -206,7 +202,7 @@ class NSFGenerator(Generator):
 
     def __init__(self, config: SynthesizerConfig):
         super().__init__(config)
-        self.m_source = SourceModule(self.HARMONICS)
+        self.m_source = SineSource(self.HARMONICS)
         self.noise_convs = _noise_convs(config.upsample_rates, _stage_channels(config))
 
     def stages(self) -> list[Stage]:
@@ -258,7 +254,7 @@ class MRFGenerator(HiFiGAN):
         super().__init__(config)
         width = config.upsample_initial_channel
         channels = _stage_channels(config)
-        self.m_source = SourceModule(self.HARMONICS)
+        self.m_source = SineSource(self.HARMONICS)
         self.conv_pre = nn.Conv1d(config.inter_channels, width, 7, padding=3)
         self.cond = nn.Conv1d(config.gin_channels, width, 1)
         self.upsamples = _upsamplers(config)

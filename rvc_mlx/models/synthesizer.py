@@ -46,7 +46,7 @@ class Synthesizer(nn.Module):
         self.flow = ResidualCouplingFlow(
             config.inter_channels, config.hidden_channels, config.gin_channels
         )
-        self.dec = _build_vocoder(config)
+        self.dec = build_vocoder(config)
         self.emb_g = nn.Embedding(config.spk_embed_dim, config.gin_channels)
 
     def prior(
@@ -72,7 +72,12 @@ class Synthesizer(nn.Module):
         return self.flow(z, g, reverse=True)
 
 
-def _build_vocoder(config: SynthesizerConfig) -> nn.Module:
+def build_vocoder(config: SynthesizerConfig) -> nn.Module:
+    """The vocoder that a configuration names.
+
+    Raises:
+        ValueError: a voice without F0 names one that needs it.
+    """
     if not config.f0:
         if config.vocoder != "HiFi-GAN":
             raise ValueError(
