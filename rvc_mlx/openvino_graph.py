@@ -35,7 +35,16 @@ import openvino.opset13 as op
 Sizes = tuple[int, ...]  # one size of an axis, in each trace
 
 # Primitives whose arguments hold sizes; those of all others must not vary.
-_SIZED = {"Broadcast", "Flatten", "Full", "Pad", "Reshape", "Slice", "Unflatten"}
+_SIZED = {
+    "Arange",
+    "Broadcast",
+    "Flatten",
+    "Full",
+    "Pad",
+    "Reshape",
+    "Slice",
+    "Unflatten",
+}
 
 # Primitives that pass on, or know how to use, a constant that depends on the length.
 _TAKES_LENGTHS = {"Broadcast", "Multiply"}

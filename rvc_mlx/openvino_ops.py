@@ -26,6 +26,7 @@ Operation = Callable[[Call], "Value | list[Value]"]
 OPERATIONS: dict[str, Operation] = {}
 
 _END = 2**63 - 1  # a slice end that means "to the end"
+_REPLACE = 1  # the kind of MLX's ScatterAxis that ``put_along_axis`` is
 
 
 def operation(name: str) -> Callable[[Operation], Operation]:
@@ -120,9 +121,20 @@ def _as_type(call: Call) -> Value:
 
 @operation("Arange")
 def _arange(call: Call) -> Value:
-    start, stop, step = call.arguments[0]
-    values = np.arange(start, stop, step, dtype=np.float64)
-    return plain(op.convert(op.constant(values), call.type), call.shapes[0])
+    starts, stops, steps = zip(*call.arguments, strict=True)
+    if is_static(stops):
+        values = np.arange(starts[0], stops[0], steps[0], dtype=np.float64)
+        return plain(op.convert(op.constant(values), call.type), call.shapes[0])
+    if any(set(value) != {value[0]} or value[0] % 1 for value in (starts, steps)):
+        raise NotImplementedError(f"Arange{call.arguments}; only its end may vary")
+    stop = call.translator.size_node(tuple(int(stop) for stop in stops))
+    node = op.range(
+        constant(int(starts[0])),
+        op.squeeze(stop, constant([0])),
+        constant(int(steps[0])),
+        "i64",
+    )
+    return plain(op.convert(node, call.type), call.shapes[0])
 
 
 @operation("Full")
@@ -265,6 +277,29 @@ def _gather(call: Call) -> Value:
     )
     gathered = plain(rows, (*index.shape, *table.shape[1:]))
     return call.translator.reshape(gathered, call.shapes[0])
+
+
+def _along_axis(call: Call, values: list[Value]) -> list[Any]:
+    """Values of equal size in all axes but one, in MLX's axis order."""
+    dense = [call.translator.dense(value) for value in values]
+    return [arranged(value, range(value.rank)) for value in dense]
+
+
+@operation("GatherAxis")
+def _gather_axis(call: Call) -> Value:
+    data, index = _along_axis(call, call.inputs)
+    axis = call.arguments[0][0]
+    return plain(op.gather_elements(data, index, axis), call.shapes[0])
+
+
+@operation("ScatterAxis")
+def _scatter_axis(call: Call) -> Value:
+    reduction, axis = call.arguments[0]
+    if reduction != _REPLACE:
+        raise NotImplementedError(f"ScatterAxis of kind {reduction}; only replacing")
+    data, index, updates = _along_axis(call, call.inputs)
+    node = op.scatter_elements_update(data, index, updates, constant(axis))
+    return plain(node, call.shapes[0])
 
 
 # Along an axis.

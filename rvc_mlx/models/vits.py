@@ -17,48 +17,11 @@ from rvc_mlx.models.layers import LayerNorm, leaky_relu
 PRIOR_NOISE_SCALE = 0.66666  # temperature of the prior sample at inference
 RELATIVE_WINDOW = 10  # frames of relative position on each side
 
+_MASKED = 1e4  # taken off the scores of padding
+
 
 def _masked(x: mx.array, mask: mx.array | None) -> mx.array:
     return x if mask is None else x * mask
-
-
-def band_to_square(band: mx.array) -> mx.array:
-    """Scatter per-offset values to absolute positions.
-
-    Row ``i`` of a band holds the values for columns ``i - w .. i + w``. Flattening rows
-    that are one longer than they shall be shifts each row one step further right::
-
-        a b c .        . a b c .        a b|c . .
-        d e f .   =>   . . d e f   =>   . d e|f .      (w = 1, T = 2)
-
-    Args:
-        band: ``[B, H, T, 2 w + 1]``.
-
-    Returns:
-        ``[B, H, T, T]``, 0 outside the band.
-    """
-    B, H, T, width = band.shape
-    wide = T + width - 1
-    x = mx.pad(band, [(0, 0), (0, 0), (0, 0), (0, wide + 1 - width)])
-    x = x.flatten(-2)[..., : T * wide].reshape(B, H, T, wide)
-    return x[..., width // 2 : T + width // 2]
-
-
-def square_to_band(square: mx.array, window: int) -> mx.array:
-    """Gather the values near the diagonal by offset; the inverse of ``band_to_square``.
-
-    Args:
-        square: ``[B, H, T, T]``.
-        window: offsets kept on each side.
-
-    Returns:
-        ``[B, H, T, 2 * window + 1]``; 0 where a column lies outside the square.
-    """
-    B, H, T, _ = square.shape
-    wide = T + 2 * window
-    x = mx.pad(square, [(0, 0), (0, 0), (0, 0), (window, window)]).flatten(-2)
-    x = mx.pad(x, [(0, 0), (0, 0), (0, T)]).reshape(B, H, T, wide + 1)
-    return x[..., : 2 * window + 1]
 
 
 class RelativeAttention(nn.Module):
@@ -76,21 +39,37 @@ class RelativeAttention(nn.Module):
         self._num_heads = num_heads
 
     def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        """``[B, T, C]`` to ``[B, T, C]``."""
-        q, k, v = (
-            mx.unflatten(project(x), -1, (self._num_heads, -1)).transpose(0, 2, 1, 3)
-            for project in (self.conv_q, self.conv_k, self.conv_v)
-        )  # [B, H, T, C / H]
-        q = q * (1 / math.sqrt(q.shape[-1]))
-        scores = q @ k.swapaxes(-1, -2)
-        scores = scores + band_to_square(q @ self.emb_rel_k.swapaxes(-1, -2))
-        if mask is not None:
-            both = mask[:, None] * mask[:, None, :, 0][:, :, None]  # [B, 1, T, T]
-            scores = mx.where(both == 0, -1e4, scores)
-        weights = mx.softmax(scores, axis=-1)
-        y = weights @ v
-        y = y + square_to_band(weights, RELATIVE_WINDOW) @ self.emb_rel_v
-        return self.conv_o(y.transpose(0, 2, 1, 3).flatten(-2))
+        """``[B, T, C]`` to ``[B, T, C]``.
+
+        Keys and values get ``w`` frames of padding on both sides, so that the offsets
+        -w..w of query ``i`` are the columns ``i .. i + 2 w``, for every query alike. One
+        more channel, 1 in every query, lowers the scores of padding. Heads go one by
+        one: their squares of scores are the largest tensors of the whole voice.
+        """
+        B, T, C = x.shape
+        w = RELATIVE_WINDOW
+        real = mx.ones((B, T, 1), x.dtype) if mask is None else mask
+        pads = [(0, 0), (w, w), (0, 0)]
+        masking = (mx.pad(real, pads) - 1) * _MASKED
+        near = (mx.arange(T)[:, None] + mx.arange(2 * w + 1))[None]
+        query = self.conv_q(x) * (self._num_heads / C) ** 0.5
+        key, value = (mx.pad(y, pads) for y in (self.conv_k(x), self.conv_v(x)))
+        heads = []
+        for q, k, v in zip(
+            *(mx.split(y, self._num_heads, axis=-1) for y in (query, key, value)),
+            strict=True,
+        ):
+            ones = mx.ones((B, T, 1), x.dtype)
+            scores = mx.concatenate([q, ones], axis=-1) @ mx.concatenate(
+                [k, masking], axis=-1
+            ).swapaxes(-1, -2)  # [B, T, T + 2 w]
+            offsets = mx.take_along_axis(scores, near, axis=-1)
+            offsets = offsets + q @ self.emb_rel_k[0].T
+            scores = mx.put_along_axis(scores, near, offsets, axis=-1)
+            weights = mx.softmax(scores, axis=-1)
+            nearby = mx.take_along_axis(weights, near, axis=-1)
+            heads.append(weights @ v + nearby @ self.emb_rel_v[0])
+        return self.conv_o(mx.concatenate(heads, axis=-1))
 
 
 class FFN(nn.Module):
