@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,17 +122,24 @@ class OpenVINOEngine:
         self._core = openvino.Core()
         self._cache = cache
         self._mapped: list[Any] = []
+        self._readers = ThreadPoolExecutor(2)
         self.precision = precision
         name = self._core.get_property("CPU", "FULL_DEVICE_NAME").strip()
         self.device = f"CPU ({name}, OpenVINO)"
 
     def bind(self, seam: Seam) -> Run:
-        """A callable for the seam; it is compiled, or read back, at its first call."""
+        """A callable for the seam; compiled at its first call.
+
+        What an earlier process has compiled is read back at once, beside other work.
+        """
+        path = self._cache_path(seam)
+        read = self._readers.submit(self._read_back, path, self._options(seam))
         requests: list[Any] = []
 
         def run(*arrays: np.ndarray) -> np.ndarray:
             if not requests:
-                requests.append(self._compile(seam).create_infer_request())
+                compiled = read.result() or self._compile(seam, path)
+                requests.append(compiled.create_infer_request())
             request = requests[0]
             request.infer(list(arrays), share_inputs=True)
             return request.get_output_tensor(0).data.copy()
@@ -149,29 +157,29 @@ class OpenVINOEngine:
             options["INFERENCE_NUM_THREADS"] = int(outermost)
         return options
 
-    def _compile(self, seam: Seam) -> Any:
-        path = self._cache_path(seam)
-        options = self._options(seam)
-        if path and path.exists():
-            try:
-                return self._read_back(path, options)
-            except (RuntimeError, ValueError):  # damaged, or empty
-                log.warning("%s is damaged; compiling again", path)
+    def _compile(self, seam: Seam, path: Path | None) -> Any:
         log.info("compiling %s for the CPU (once)", seam.name)
-        model = to_openvino(seam)
-        compiled = self._core.compile_model(model, "CPU", options)
+        options = self._options(seam)
+        compiled = self._core.compile_model(to_openvino(seam), "CPU", options)
         if path:
             _store(path, compiled.export_model())
         return compiled
 
-    def _read_back(self, path: Path, options: dict[str, Any]) -> Any:
+    def _read_back(self, path: Path | None, options: dict[str, Any]) -> Any:
+        """The compiled model of an earlier process; None if there is none."""
         import openvino
 
-        os.utime(path)
-        # Copy-on-write, because OpenVINO wants a writable array; nothing writes.
-        blob = np.memmap(path, np.uint8, "c")
-        tensor = openvino.Tensor(blob, shared_memory=True)
-        compiled = self._core.import_model(tensor, "CPU", options)
+        if path is None or not path.exists():
+            return None
+        try:
+            os.utime(path)
+            # Copy-on-write, because OpenVINO wants a writable array; nothing writes.
+            blob = np.memmap(path, np.uint8, "c")
+            tensor = openvino.Tensor(blob, shared_memory=True)
+            compiled = self._core.import_model(tensor, "CPU", options)
+        except (RuntimeError, ValueError):  # damaged, or empty
+            log.warning("%s is damaged; compiling again", path)
+            return None
         self._mapped.append(tensor)  # the compiled model reads its weights there
         return compiled
 

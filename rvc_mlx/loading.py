@@ -166,9 +166,16 @@ class Encoder:
 
     def encode(self, audio: np.ndarray, version: str) -> np.ndarray:
         """Features of 16 kHz audio ``[N]``, N >= 400: ``[F, C]`` float32."""
+        return self._run(version)(audio[None])[0]
+
+    def prepare(self, version: str) -> None:
+        """Start to get ready for voices of ``"v1"`` or ``"v2"``."""
+        self._run(version)
+
+    def _run(self, version: str) -> Run:
         if version not in self._runs:
             self._runs[version] = self._engine.bind(self.seam(version))
-        return self._runs[version](audio[None])[0]
+        return self._runs[version]
 
     def seam(self, version: str) -> Seam:
         """The encoder for voices of ``"v1"`` or ``"v2"``."""

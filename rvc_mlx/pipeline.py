@@ -82,6 +82,7 @@ class VoiceConverter:
             raise ValueError(
                 f"{voice.path}: this voice needs pitch; pass an RMVPE file"
             )
+        encoder.prepare(voice.config.version)
         self.voice = voice
         self.encoder = encoder
         self.pitch_net = pitch_net if voice.config.f0 else None
