@@ -30,6 +30,7 @@ from twins import Sides, converter
 from rvc_mlx import pitch
 from rvc_mlx.loading import PitchNet, Voice, read_weights
 from rvc_mlx.models import rmvpe
+from rvc_mlx.models.vits import RELATIVE_WINDOW
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.pipeline import VoiceConverter
@@ -106,24 +107,32 @@ def rmvpe_rows(sides: Sides, path: Path, audio: np.ndarray) -> list[Row]:
 
 
 @contextmanager
-def recorded_softmax(library: Any) -> Iterator[dict[str, Any]]:
-    """Keep the input and the result of the last ``library.softmax`` inside the block."""
-    kept: dict[str, Any] = {}
+def recorded_softmax(library: Any) -> Iterator[dict[str, list[Any]]]:
+    """Keep the inputs and the results of every ``library.softmax`` inside the block."""
+    kept: dict[str, list[Any]] = {"scores": [], "weights": []}
     softmax = library.softmax
 
     def record(scores: Any, *arguments: Any, **keywords: Any) -> Any:
         weights = softmax(scores, *arguments, **keywords)
-        kept.update(scores=scores, weights=weights)
+        kept["scores"].append(scores)
+        kept["weights"].append(weights)
         return weights
 
     with mock.patch.object(library, "softmax", record):
         yield kept
 
 
-def _kept(library: Any, attend: Callable[[Any], Any], x: Any, name: str) -> Any:
-    with recorded_softmax(library) as kept:
+def _ours_kept(attend: Callable[[Any], Any], x: Any, name: str) -> Any:
+    """``[B, H, T, T]`` of our heads, which come one by one and with padded keys."""
+    with recorded_softmax(mx) as kept:
         attend(x)
-    return kept[name]
+    return mx.stack(kept[name], axis=1)[..., RELATIVE_WINDOW:-RELATIVE_WINDOW]
+
+
+def _theirs_kept(attend: Callable[[Any], Any], x: Any, name: str) -> Any:
+    with recorded_softmax(torch) as kept:
+        attend(x)
+    return kept[name][0]
 
 
 def attention_rows(sides: Sides, path: Path, frames: int = 128) -> list[Row]:
@@ -163,8 +172,8 @@ def attention_rows(sides: Sides, path: Path, frames: int = 128) -> list[Row]:
     rows += [
         compare(
             name,
-            lambda layer, x, n=name: _kept(mx, layer, x, n),
-            lambda layer, x, n=name: _kept(torch, layer, x, n),
+            lambda layer, x, n=name: _ours_kept(layer, x, n),
+            lambda layer, x, n=name: _theirs_kept(layer, x, n),
         )
         for name in ("scores", "weights")
     ]

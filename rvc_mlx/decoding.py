@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rvc_mlx import pitch
+from rvc_mlx.arrays import Array, array_module, to_host
 from rvc_mlx.loading import Voice
 from rvc_mlx.noise import Noise
 from rvc_mlx.report import Report
@@ -19,12 +20,12 @@ from rvc_mlx.segments import Segment
 
 def sample_latent(
     voice: Voice,
-    features: np.ndarray,
+    features: Array,
     f0: np.ndarray | None,
     speaker: np.ndarray,
     segment: Segment,
     noise: Noise,
-) -> np.ndarray:
+) -> Array:
     """Text encoder, prior sample and inverse flow of a segment.
 
     Args:
@@ -36,26 +37,26 @@ def sample_latent(
         noise: source of the prior's noise.
 
     Returns:
-        ``[1, T, inter_channels]`` float32.
+        ``[1, T, inter_channels]`` float32, where the engine made it.
     """
     T, width = len(features), voice.config.inter_channels
     draw = noise.normal("prior", segment.number, 0, T, 1, width)
     inputs = [features[None], draw[None], speaker]
     if f0 is not None:
         inputs.append(pitch.quantize_f0(f0)[None])
-    return voice.prior(*inputs)
+    return voice.prior.start(*inputs)
 
 
 def decode(
     voice: Voice,
-    z: np.ndarray,
+    z: Array,
     f0: np.ndarray | None,
     speaker: np.ndarray,
     segment: Segment,
     noise: Noise,
     report: Report,
 ) -> Iterator[np.ndarray]:
-    """Decode the kept frames of a segment.
+    """Decode the kept frames of a segment; a window is begun before the last is read.
 
     Args:
         voice: the voice.
@@ -72,27 +73,32 @@ def decode(
     U = voice.config.samples_per_frame
     core = voice.window - 2 * voice.context
     oscillator = None if f0 is None else Oscillator(voice, f0, noise, segment.number)
+    begun: Array | None = None
     for first in range(segment.first, segment.last, core):
         start = first - voice.context
         inputs = [_window(z[0], start, voice.window)[None], speaker]
         if oscillator:
             with report.stage("source"):
                 inputs += oscillator.window(start)
-        with report.stage("vocoder"):
-            audio = voice.vocoder(*inputs)[0]
         count = min(core, segment.last - first)
-        yield audio[voice.context * U : (voice.context + count) * U]
+        with report.stage("vocoder"):
+            audio = voice.vocoder.start(*inputs)[0]
+            audio = audio[voice.context * U : (voice.context + count) * U]
+            before = None if begun is None else to_host(begun)
+        if before is not None:
+            yield before
+        begun = audio
+    if begun is not None:
+        with report.stage("vocoder"):
+            before = to_host(begun)
+        yield before
 
 
-def _window(frames: np.ndarray, start: int, length: int) -> np.ndarray:
-    """Frames ``start..start + length`` of ``[T, ...]``, zeros beyond the end."""
+def _window(frames: Array, start: int, length: int) -> Array:
+    """Frames ``start..start + length`` of ``[T, C]``, zeros beyond the end."""
     piece = frames[start : start + length]
-    missing = length - len(piece)
-    return (
-        np.pad(piece, ((0, missing), *((0, 0),) * (frames.ndim - 1)))
-        if missing
-        else piece
-    )
+    missing = length - piece.shape[0]
+    return array_module(piece).pad(piece, ((0, missing), (0, 0))) if missing else piece
 
 
 class Oscillator:
@@ -100,15 +106,15 @@ class Oscillator:
 
     def __init__(self, voice: Voice, f0: np.ndarray, noise: Noise, segment: int):
         U = voice.config.samples_per_frame
-        cycles = pitch.sample_cycles(f0, U, voice.config.vocoder == "RefineGAN")
-        self._voiced = (cycles > 0).astype(np.float32)
-        self._phases = pitch.sample_phases(cycles)
+        cycles = pitch.sample_cycles(f0, U, voice.glides)
+        self._start = pitch.frame_phases(cycles)
+        self._cycles = cycles[:, : U if voice.glides else 1].astype(np.float32)
         offset = noise.uniform("phase", segment, voice.harmonics)
         offset[0] = 0  # the fundamental starts at phase 0
         self._offset = offset[None, None]
         self._voice, self._noise, self._segment = voice, noise, segment
 
-    def window(self, start: int) -> list[np.ndarray]:
+    def window(self, start: int) -> list[Array]:
         """Vocoder inputs after the speaker, for a window from frame ``start``."""
         voice, U = self._voice, self._voice.config.samples_per_frame
         assert voice.source is not None
@@ -117,9 +123,9 @@ class Oscillator:
         noise = self._noise.normal(
             "source", self._segment, begin, begin + length, U, voice.harmonics
         )
-        source = voice.source(
-            _window(self._voiced, begin, length)[None],
-            _window(self._phases, begin, length)[None],
+        source = voice.source.start(
+            _window(self._cycles, begin, length)[None],
+            _window(self._start, begin, length)[None],
             self._offset,
             noise[None],
         )
@@ -128,7 +134,7 @@ class Oscillator:
             *(self._stage_noise(start, i) for i in range(len(voice.noise_shapes))),
         ]
 
-    def _stage_noise(self, start: int, stage: int) -> np.ndarray:
+    def _stage_noise(self, start: int, stage: int) -> Array:
         per_frame, channels = self._voice.noise_shapes[stage]
         stop = start + self._voice.window
         parts = [
@@ -143,4 +149,5 @@ class Oscillator:
             for branch in range(3)
             for place in (0, 2)
         ]
-        return np.concatenate(parts, axis=1)[None]
+        joined: Array = array_module(parts[0]).concatenate(parts, axis=1)[None]
+        return joined

@@ -16,13 +16,15 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.gru_kernel import cuda_gru, supports
+from rvc_mlx.arrays import Array, to_host
+from rvc_mlx.gru_kernel import checked, supports
 from rvc_mlx.models.rmvpe import GRU
+from rvc_mlx.noise import DeviceNoise, Noise
 
 log = logging.getLogger("rvc_mlx")
 
@@ -30,10 +32,20 @@ DEVICES = ("auto", "gpu", "cpu", "mlx-cpu")
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 
 _DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
+_KEPT_KERNELS = 256  # of a network; without a limit every new length adds 3 MB for ever
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
 
 Step = Callable[..., mx.array]
-Run = Callable[..., np.ndarray]
+
+
+class Run(Protocol):
+    """A seam bound to an engine."""
+
+    def __call__(self, *arrays: Array) -> np.ndarray:
+        """The result, float32 on the host."""
+
+    def start(self, *arrays: Array) -> Array:
+        """The result where it was made, float32; it may still be computing."""
 
 
 @dataclass(frozen=True)
@@ -76,32 +88,50 @@ class MLXEngine:
         self.device = describe_device(device)
 
     def bind(self, seam: Seam) -> Run:
-        """A callable for the seam; weights are loaded at its first call."""
-        steps: list[Step] = []
-        dtype = mx.float32 if seam.exact else _DTYPES[self.precision]
+        """The seam on this device; weights are loaded at its first run."""
+        return _MLXRun(self, seam)
 
-        def run(*arrays: np.ndarray) -> np.ndarray:
-            with mx.stream(self._device):
-                if not steps:
-                    steps.extend(map(self._prepared, seam.build(dtype)))
-                result = [_as_input(array, dtype) for array in arrays]
-                for step in steps:
-                    result = [step(*result)]
-                return np.array(result[0].astype(mx.float32))
-
-        return run
+    def noise(self, seed: int) -> Noise:
+        """Random numbers where they will be used."""
+        on_host = self._device == mx.Device(mx.cpu)
+        return Noise(seed) if on_host else DeviceNoise(seed)
 
     def _prepared(self, step: Step) -> Step:
         """The step as this device does it best."""
         if self._device == mx.Device(mx.cpu):
             return step  # MLX's CPU back end would call a C compiler for each fusion
         if isinstance(step, GRU):
-            return cuda_gru(step) if supports(step) else step
+            return checked(step) if supports(step) else step
         return mx.compile(step)
 
 
-def _as_input(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    result = mx.array(array)
+class _MLXRun:
+    """A seam on an ``MLXEngine``."""
+
+    def __init__(self, engine: MLXEngine, seam: Seam):
+        self._engine, self._seam = engine, seam
+        self._steps: list[Step] = []
+        self._dtype = mx.float32 if seam.exact else _DTYPES[engine.precision]
+
+    def __call__(self, *arrays: Array) -> np.ndarray:
+        return to_host(self.start(*arrays))
+
+    def start(self, *arrays: Array) -> mx.array:
+        engine = self._engine
+        with mx.stream(engine._device):
+            if not self._steps:
+                steps = self._seam.build(self._dtype)
+                self._steps.extend(map(engine._prepared, steps))
+            result = [_as_input(array, self._dtype) for array in arrays]
+            for step in self._steps:
+                result = [step(*result)]
+            output = result[0].astype(mx.float32)
+            mx.async_eval(output)
+            return output
+
+
+def _as_input(array: Array, dtype: mx.Dtype) -> mx.array:
+    result = array if isinstance(array, mx.array) else mx.array(array)
     return result.astype(dtype) if result.dtype == mx.float32 else result
 
 
@@ -134,17 +164,11 @@ class OpenVINOEngine:
         """
         path = self._cache_path(seam)
         read = self._readers.submit(self._read_back, path, self._options(seam))
-        requests: list[Any] = []
+        return _OpenVINORun(lambda: read.result() or self._compile(seam, path))
 
-        def run(*arrays: np.ndarray) -> np.ndarray:
-            if not requests:
-                compiled = read.result() or self._compile(seam, path)
-                requests.append(compiled.create_infer_request())
-            request = requests[0]
-            request.infer(list(arrays), share_inputs=True)
-            return request.get_output_tensor(0).data.copy()
-
-        return run
+    def noise(self, seed: int) -> Noise:
+        """Random numbers where they will be used."""
+        return Noise(seed)
 
     def _options(self, seam: Seam) -> dict[str, Any]:
         precision = "f32" if seam.exact else self.precision
@@ -152,6 +176,8 @@ class OpenVINOEngine:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": precision,
         }
+        if len(seam.lengths) > 1:
+            options["CPU_RUNTIME_CACHE_CAPACITY"] = _KEPT_KERNELS
         if threads := os.environ.get("OMP_NUM_THREADS"):
             outermost = threads.split(",")[0]  # a list gives nested levels
             options["INFERENCE_NUM_THREADS"] = int(outermost)
@@ -198,6 +224,23 @@ class OpenVINOEngine:
         )
         digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
         return self._cache / f"{digest}.blob"
+
+
+class _OpenVINORun:
+    """A seam on an ``OpenVINOEngine``."""
+
+    def __init__(self, compiled: Callable[[], Any]):
+        self._compiled = compiled
+        self._request: Any = None
+
+    def __call__(self, *arrays: Array) -> np.ndarray:
+        if self._request is None:
+            self._request = self._compiled().create_infer_request()
+        self._request.infer([to_host(array) for array in arrays], share_inputs=True)
+        result: np.ndarray = self._request.get_output_tensor(0).data.copy()
+        return result
+
+    start = __call__
 
 
 def to_openvino(seam: Seam) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rvc_mlx import pitch
+from rvc_mlx.arrays import Array, array_module, to_host
 from rvc_mlx.audio import SAMPLE_RATE, high_pass_spool, resample_blocks
 from rvc_mlx.decoding import decode, sample_latent
 from rvc_mlx.loading import Encoder, PitchNet, Voice
@@ -41,6 +43,7 @@ class Nets:
     encoder: Encoder
     pitch_net: PitchNet | None
     index: Index | None
+    noise: Callable[[int], Noise] = Noise
 
 
 class Job:
@@ -67,7 +70,7 @@ class Job:
         _check_f0(voice, f0, len(source) // FRAME + 2 * pad_frames(options))
         self.nets, self.voice, self.options = nets, voice, options
         self.source = source
-        self.noise = noise or Noise(options.seed)
+        self.noise = noise or nets.noise(options.seed)
         self.given_f0 = f0
         self.report = report or Report()
         self.output_rate = options.output_rate or voice.config.sample_rate
@@ -86,13 +89,17 @@ class Job:
                         "the recording is so short that the original gives nothing for "
                         "it; expected 25 ms or more with reference_lengths"
                     )
+            encoded = self._encoded(filtered, segments)
+            first = next(encoded)  # a device computes it beside the host's part of F0
             with self.report.stage("pitch"):
                 f0 = self._f0(filtered, segments)
             raw = stack.enter_context(Spool())
             envelope = Envelope(self.voice.config.sample_rate // 2)
             total = len(self.source) / SAMPLE_RATE
-            for segment in segments:
-                for block in self._convert_segment(filtered, segment, f0):
+            for segment, raw_features in zip(
+                segments, itertools.chain([first], encoded), strict=True
+            ):
+                for block in self._convert_segment(segment, raw_features, f0):
                     raw.append(block)
                     envelope.add(block)
                     if progress:
@@ -120,7 +127,7 @@ class Job:
             )
         else:
             f0 = pitch.estimate_f0(
-                net.salience,
+                net.salience.start,
                 lambda start, stop: filtered.read_reflected(start - pad, stop - pad),
                 length,
                 net.config.n_mels,
@@ -144,18 +151,28 @@ class Job:
             f0 = pitch.overlay_f0(f0, points, pad_frames(options))
         return f0
 
+    def _encoded(self, filtered: Spool, segments: Sequence[Segment]) -> Iterator[Array]:
+        """Content features ``[F, C]`` of each segment; the next one is begun before."""
+        begun: Array | None = None
+        for segment in segments:
+            start = segment.start - pad_frames(self.options) * FRAME
+            audio = filtered.read_reflected(start, start + segment.samples)
+            with self.report.stage("content"):
+                features = self.nets.encoder.start(audio, self.voice.config.version)
+            if begun is not None:
+                yield begun
+            begun = features
+        assert begun is not None
+        yield begun
+
     def _convert_segment(
-        self, filtered: Spool, segment: Segment, f0: np.ndarray | None
+        self, segment: Segment, raw: Array, f0: np.ndarray | None
     ) -> Iterator[np.ndarray]:
         """Blocks of the segment's output at the voice's rate."""
-        start = segment.start - pad_frames(self.options) * FRAME
-        audio = filtered.read_reflected(start, start + segment.samples)
         frames = segment.frames
         if f0 is not None:
             first = segment.start // FRAME
             f0 = f0[first : first + frames]
-        with self.report.stage("content"):
-            raw = self.nets.encoder.encode(audio, self.voice.config.version)
         with self.report.stage("index"):
             features = self._features(raw, f0, frames)
         with self.report.stage("prior"):
@@ -164,14 +181,14 @@ class Job:
             )
         return decode(self.voice, z, f0, self.speaker, segment, self.noise, self.report)
 
-    def _features(
-        self, raw: np.ndarray, f0: np.ndarray | None, frames: int
-    ) -> np.ndarray:
+    def _features(self, raw: Array, f0: np.ndarray | None, frames: int) -> Array:
         """Retrieval, doubling to 100 frames per second, and protection of consonants."""
         options, index = self.options, self.nets.index
-        doubled = raw.repeat(2, axis=0)[:frames]
         if index is None or options.index_rate == 0:
+            doubled: Array = array_module(raw).repeat(raw, 2, axis=0)[:frames]
             return doubled
+        raw = to_host(raw)
+        doubled = raw.repeat(2, axis=0)[:frames]
         blended = blend_features(
             raw, index, options.index_rate, exact=options.index_exact
         )

@@ -10,12 +10,14 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from rvc_mlx.arrays import Array
 from rvc_mlx.checkpoint import Checkpoint, read_checkpoint
 from rvc_mlx.download import locate
 from rvc_mlx.engine import MLXEngine, OpenVINOEngine, Run, Seam, Step, fingerprint
@@ -29,6 +31,7 @@ from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
 
 Engine = MLXEngine | OpenVINOEngine
+Network = TypeVar("Network", bound=nn.Module)
 Shape = tuple[tuple[int, ...], mx.Dtype]
 
 # Lengths at which seams of dynamic length are traced. The encoder's are 80 samples
@@ -130,19 +133,29 @@ def _builder(
     steps: Callable[[Any], Sequence[Step]],
 ) -> Callable[[mx.Dtype], Sequence[Step]]:
     """A seam's ``build``: make the network, load it strictly, pick its steps."""
+    return lambda dtype: steps(_load(make, tensors, path, dtype))
 
-    def build(dtype: mx.Dtype) -> Sequence[Step]:
-        network = make()
-        try:
-            load_strictly(network, tensors)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        if dtype != mx.float32:
-            network.set_dtype(dtype)
-            mx.eval(network.parameters())
-        return steps(network)
 
-    return build
+def _load(
+    make: Callable[[], Network],
+    tensors: Mapping[str, np.ndarray],
+    path: Path,
+    dtype: mx.Dtype,
+) -> Network:
+    """Make a network and load it strictly.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected or of another shape.
+    """
+    network = make()
+    try:
+        load_strictly(network, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if dtype != mx.float32:
+        network.set_dtype(dtype)
+        mx.eval(network.parameters())
+    return network
 
 
 class Encoder:
@@ -167,6 +180,10 @@ class Encoder:
     def encode(self, audio: np.ndarray, version: str) -> np.ndarray:
         """Features of 16 kHz audio ``[N]``, N >= 400: ``[F, C]`` float32."""
         return self._run(version)(audio[None])[0]
+
+    def start(self, audio: np.ndarray, version: str) -> Array:
+        """As ``encode``, where the engine made it; it may still be computing."""
+        return self._run(version).start(audio[None])[0]
 
     def prepare(self, version: str) -> None:
         """Start to get ready for voices of ``"v1"`` or ``"v2"``."""
@@ -253,7 +270,8 @@ class Voice:
         source_context: frames of source beyond the window on each side.
         speakers: embeddings ``[speakers, gin_channels]`` float32.
         prior: features, noise, speaker [, coarse pitch] to latent.
-        source: excitation, see ``SineSource``; None without F0.
+        glides: whether the pitch glides between frames, or holds for each.
+        source: excitation, see ``SineSource.from_frames``; None without F0.
         vocoder: latent, speaker [, source [, noises]] to audio.
     """
 
@@ -261,6 +279,10 @@ class Voice:
         self.path = checkpoint.path
         self.metadata = checkpoint.metadata
         self._tensors = synthesizer.sanitize(checkpoint.tensors)
+        # One network for all seams, for as long as an engine keeps a part of it.
+        self._networks: WeakValueDictionary[mx.Dtype, Synthesizer] = (
+            WeakValueDictionary()
+        )
         self.config = voice_config(checkpoint)
         self.speakers = self._tensors["emb_g.weight"].astype(np.float32)
         vocoder = build_vocoder(self.config)  # for its sizes; never evaluated
@@ -268,6 +290,7 @@ class Voice:
         self.context = vocoder.context
         self.source_context = getattr(vocoder, "source_context", 0)
         self.harmonics = getattr(vocoder, "HARMONICS", 0)
+        self.glides = self.config.vocoder == "RefineGAN"
         self.noise_shapes: list[tuple[int, int]] = (
             vocoder.noise_shapes() if isinstance(vocoder, RefineGANGenerator) else []
         )
@@ -284,15 +307,16 @@ class Voice:
         lengths: tuple[int, ...],
         exact: bool = False,
     ) -> Seam:
-        make = partial(Synthesizer, self.config)
-        return Seam(
-            name,
-            fingerprint(self.path, self.config),
-            _builder(make, self._tensors, self.path, steps),
-            inputs,
-            lengths,
-            exact,
-        )
+        def build(dtype: mx.Dtype) -> Sequence[Step]:
+            network = self._networks.get(dtype)
+            if network is None:
+                make = partial(Synthesizer, self.config)
+                network = _load(make, self._tensors, self.path, dtype)
+                self._networks[dtype] = network
+            return steps(network)
+
+        identity = fingerprint(self.path, self.config)
+        return Seam(name, identity, build, inputs, lengths, exact)
 
     def prior_seam(self) -> Seam:
         """Text encoder, prior sample and inverse flow."""
@@ -311,14 +335,19 @@ class Voice:
     def source_seam(self) -> Seam:
         """Harmonic source of one window; always float32."""
         U, H = self.config.samples_per_frame, self.harmonics
+        per_frame = U if self.glides else 1
 
         def inputs(T: int) -> list[Shape]:
-            shapes = [(1, T, U), (1, T, U), (1, 1, H), (1, T * U, H)]
+            shapes = [(1, T, per_frame), (1, T, 1), (1, 1, H), (1, T * U, H)]
             return [(shape, mx.float32) for shape in shapes]
 
         length = self.window + 2 * self.source_context
         return self._seam(
-            "source", lambda net: [net.dec.m_source], inputs, (length,), exact=True
+            "source",
+            lambda net: [net.dec.m_source.from_frames],
+            inputs,
+            (length,),
+            exact=True,
         )
 
     def vocoder_seam(self) -> Seam:

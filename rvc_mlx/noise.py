@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import zlib
 
+import mlx.core as mx
 import numpy as np
 
+from rvc_mlx.arrays import Array
+
 _BLOCK_FRAMES = 64  # frames drawn by one generator
+_DEVICE_BLOCK_FRAMES = 256  # the same on a device, where a call costs more than numbers
 
 
 class Noise:
@@ -22,9 +26,12 @@ class Noise:
     def __init__(self, seed: int = 0):
         self.seed = seed
 
-    def _generator(self, name: str, segment: int, block: int) -> np.random.Generator:
+    def _seeds(self, name: str, segment: int, block: int) -> np.random.SeedSequence:
         key = (self.seed, zlib.crc32(name.encode()), segment, block)
-        return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
+        return np.random.SeedSequence(key)
+
+    def _generator(self, name: str, segment: int, block: int) -> np.random.Generator:
+        return np.random.Generator(np.random.SFC64(self._seeds(name, segment, block)))
 
     def normal(
         self,
@@ -34,7 +41,7 @@ class Noise:
         stop: int,
         per_frame: int,
         channels: int,
-    ) -> np.ndarray:
+    ) -> Array:
         """Standard normal values of frames ``start..stop`` of a segment.
 
         Returns:
@@ -55,3 +62,34 @@ class Noise:
     def uniform(self, name: str, segment: int, count: int) -> np.ndarray:
         """Values ``[count]`` float32 in 0..1."""
         return self._generator(name, segment, 0).random(count, np.float32)
+
+
+class DeviceNoise(Noise):
+    """The same promise with numbers drawn on MLX's default device, as ``mx.array``.
+
+    They are other numbers than those of ``Noise`` with the same seed.
+    """
+
+    def normal(
+        self,
+        name: str,
+        segment: int,
+        start: int,
+        stop: int,
+        per_frame: int,
+        channels: int,
+    ) -> mx.array:
+        """As ``Noise.normal``, on the device."""
+        size = _DEVICE_BLOCK_FRAMES
+        first = start // size
+        blocks = [
+            mx.random.normal(
+                (size * per_frame, channels),
+                key=mx.array(self._seeds(name, segment, block).generate_state(2)),
+            )
+            for block in range(first, -(-stop // size))
+        ]
+        if not blocks:
+            return mx.zeros((0, channels))
+        skip = (start - first * size) * per_frame
+        return mx.concatenate(blocks)[skip : skip + (stop - start) * per_frame]

@@ -87,11 +87,12 @@ class VoiceConverter:
         self.encoder = encoder
         self.pitch_net = pitch_net if voice.config.f0 else None
         self.index = index
+        self._noise = engine.noise if engine else Noise
         self.device = engine.device if engine else ""
         self.precision = engine.precision if engine else ""
 
     def _nets(self) -> Nets:
-        return Nets(self.voice, self.encoder, self.pitch_net, self.index)
+        return Nets(self.voice, self.encoder, self.pitch_net, self.index, self._noise)
 
     @property
     def sample_rate(self) -> int:

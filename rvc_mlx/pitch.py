@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rvc_mlx.arrays import Array, array_module, to_host
 from rvc_mlx.spectral import HOP_LENGTH, N_FFT, log_mel
 
 FRAME_RATE = 100  # frames per second
@@ -32,7 +33,7 @@ Reader = Callable[[int, int], np.ndarray]
 
 
 def decode_salience(
-    salience: np.ndarray, threshold: float = VOICING_THRESHOLD
+    salience: Array, threshold: float = VOICING_THRESHOLD
 ) -> np.ndarray:
     """F0 of each frame: mean of the nine bins around the strongest, weighted.
 
@@ -45,20 +46,19 @@ def decode_salience(
 
     Source: RMVPE ``to_local_average_cents``.
     """
-    T, bins = salience.shape
-    cents = np.pad(CENTS_PER_BIN * np.arange(bins) + FIRST_BIN_CENTS, 4)
-    padded = np.pad(salience.astype(np.float64), ((0, 0), (4, 4)))
-    peak = salience.argmax(axis=1)
-    near = peak[:, None] + np.arange(9)  # [T, 9]
-    weights = np.take_along_axis(padded, near, axis=1)
+    xp = array_module(salience)
+    near = xp.argmax(salience, axis=1)[:, None] + xp.arange(9)[None]  # [T, 9]
+    padded = xp.pad(salience, ((0, 0), (4, 4)))
+    strengths = to_host(xp.take_along_axis(padded, near, axis=1))
+    cents = np.pad(CENTS_PER_BIN * np.arange(salience.shape[1]) + FIRST_BIN_CENTS, 4)
+    weights = strengths.astype(np.float64)
     total = np.maximum(weights.sum(axis=1), 1e-12)
-    f0 = 10 * 2 ** ((weights * cents[near]).sum(axis=1) / total / 1200)
-    voiced = salience[np.arange(T), peak] > threshold
-    return np.where(voiced, f0, 0.0)
+    mean = (weights * cents[to_host(near)]).sum(axis=1) / total
+    return np.where(strengths[:, 4] > threshold, 10 * 2 ** (mean / 1200), 0.0)
 
 
 def estimate_f0(
-    salience: Callable[[np.ndarray], np.ndarray],
+    salience: Callable[[np.ndarray], Array],
     read: Reader,
     length: int,
     n_mels: int = 128,
@@ -255,3 +255,20 @@ def sample_phases(cycles: np.ndarray) -> np.ndarray:
     phase = np.cumsum(cycles)
     phase -= np.rint(phase)
     return phase.astype(np.float32).reshape(cycles.shape)
+
+
+def frame_phases(cycles: np.ndarray) -> np.ndarray:
+    """Phase of the oscillator before the first sample of each frame.
+
+    As ``sample_phases``, where the device adds up the samples of a frame by itself.
+
+    Args:
+        cycles: ``[T, U]`` of ``sample_cycles``.
+
+    Returns:
+        ``[T, 1]`` float32, in cycles within -0.5..0.5.
+    """
+    held = cycles.strides[1] == 0  # one value for all samples of a frame
+    advance = cycles[:, 0] * cycles.shape[1] if held else cycles.sum(axis=1)
+    phase = np.cumsum(advance) - advance
+    return (phase - np.rint(phase)).astype(np.float32)[:, None]

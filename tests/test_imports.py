@@ -19,13 +19,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rvc_mlx"
 # A module imports only from those before it.
 ORDER = [
-    *("version", "spool", "audio", "ffmpeg_decoders", "decoders"),
+    *("version", "arrays", "spool", "audio", "ffmpeg_decoders", "decoders"),
     *("output_format", "audio_io", "loudness", "spectral"),
     *("formats", "checkpoint", "download"),
-    *("models", "gru_kernel", "feature_index", "faiss_file", "retrieval"),
+    *("models", "noise", "gru_kernel", "conv_kernel", "feature_index", "faiss_file", "retrieval"),
     *("openvino_graph", "openvino_fusions", "openvino_ops", "engine", "options"),
-    *("noise", "pitch", "loading", "segments", "report", "decoding", "job", "pipeline"),
-    *("batch", "export", "inspection", "bench", "cli"),
+    *("pitch", "loading", "segments", "report", "decoding", "job", "pipeline"),
+    *("batch", "export", "inspection", "bench", "training", "cli"),
 ]
 # Imported in functions only, where they are wanted.
 OPTIONAL = {"openvino", "av", "rich", "huggingface_hub"}

@@ -757,10 +757,13 @@ def test_source(name):
     U, H = network.config.samples_per_frame, network.dec.HARMONICS
 
     def inputs(T):
-        shapes = [(1, T, U), (1, T, U), (1, 1, H), (1, T * U, H)]
+        per_frame = U if "RefineGAN" in network.config.vocoder else 1
+        shapes = [(1, T, per_frame), (1, T, 1), (1, 1, H), (1, T * U, H)]
         return [(shape, mx.float32) for shape in shapes]
 
-    source = network.dec.m_source
+    def source(cycles, *rest):  # cycles per sample as voices have them
+        return network.dec.m_source.from_frames(0.01 * cycles, *rest)
+
     seam = Seam("source", "", lambda dtype: [source], inputs, (9,), exact=True)
     check_seam(seam, source, (9,))
 

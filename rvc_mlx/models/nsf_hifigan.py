@@ -53,6 +53,30 @@ class SineSource(nn.Module):
         """
         return mx.tanh(self.l_linear(self.excitation(voiced, phase, offset, noise)))
 
+    def from_frames(
+        self, cycles: mx.array, start: mx.array, offset: mx.array, noise: mx.array
+    ) -> mx.array:
+        """As ``__call__``, with the phase given once per frame.
+
+        Args:
+            cycles: that the fundamental advances per sample, 0 where unvoiced,
+                ``[B, T, 1]`` (held for a frame) or ``[B, T, U]``.
+            start: phase before the first sample of each frame, ``[B, T, 1]`` in cycles.
+            offset: as above.
+            noise: as above.
+
+        Returns:
+            ``[B, T * U, 1]`` in -1..1.
+        """
+        B, T, held = cycles.shape
+        U = noise.shape[1] // T
+        if held == 1:
+            phase = start + cycles * mx.arange(1, U + 1, dtype=mx.float32)
+        else:
+            phase = start + mx.cumsum(cycles, axis=-1)
+        voiced = mx.broadcast_to((cycles > 0).astype(mx.float32), (B, T, U))
+        return self(voiced, phase - mx.floor(phase), offset, noise)
+
     def excitation(
         self, voiced: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
     ) -> mx.array:
