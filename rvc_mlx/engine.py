@@ -22,7 +22,9 @@ import mlx.core as mx
 import numpy as np
 
 from rvc_mlx.arrays import Array, to_host
+from rvc_mlx.fused_blocks import FusedBlocks
 from rvc_mlx.gru_kernel import checked, supports
+from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU
 from rvc_mlx.noise import DeviceNoise, Noise
 
@@ -82,8 +84,9 @@ class MLXEngine:
 
     window_frames = 1024
 
-    def __init__(self, device: mx.Device, precision: str):
+    def __init__(self, device: mx.Device, precision: str, tf32: bool = True):
         self._device = device
+        self._fast_products = tf32 or precision != "f32"
         self.precision = precision
         self.device = describe_device(device)
 
@@ -100,6 +103,8 @@ class MLXEngine:
         """The step as this device does it best."""
         if self._device == mx.Device(mx.cpu):
             return step  # MLX's CPU back end would call a C compiler for each fusion
+        if isinstance(step, HiFiGAN) and self._fast_products:
+            step._average = FusedBlocks(step)
         if isinstance(step, GRU):
             return checked(step) if supports(step) else step
         return mx.compile(step)
@@ -383,10 +388,12 @@ def choose_engine(
             "device 'gpu' was asked for, but MLX has no GPU here; use --device cpu, or "
             "install rvc-mlx[cuda] on a machine with an NVIDIA GPU"
         )
-    if precision == "f32":
+    exact = precision == "f32"
+    if exact:
         os.environ["MLX_ENABLE_TF32"] = "0"
-    kind = mx.gpu if device == "gpu" else mx.cpu
-    return MLXEngine(mx.Device(kind), "f32" if precision == "auto" else precision)
+    kind = mx.Device(mx.gpu if device == "gpu" else mx.cpu)
+    precision = "f32" if precision == "auto" else precision
+    return MLXEngine(kind, precision, tf32=not exact)
 
 
 def _openvino_engine(precision: str, cache: Path | None) -> OpenVINOEngine:

@@ -23,7 +23,11 @@ from rvc_mlx.download import locate
 from rvc_mlx.engine import MLXEngine, OpenVINOEngine, Run, Seam, Step, fingerprint
 from rvc_mlx.models import contentvec, rmvpe, synthesizer
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
-from rvc_mlx.models.layers import fold_weight_norm, load_strictly
+from rvc_mlx.models.layers import (
+    fold_batch_norm,
+    fold_weight_norm,
+    load_strictly,
+)
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.refinegan import RefineGANGenerator
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
@@ -131,9 +135,10 @@ def _builder(
     tensors: Mapping[str, np.ndarray],
     path: Path,
     steps: Callable[[Any], Sequence[Step]],
+    simplify: Callable[[nn.Module], None] | None = None,
 ) -> Callable[[mx.Dtype], Sequence[Step]]:
     """A seam's ``build``: make the network, load it strictly, pick its steps."""
-    return lambda dtype: steps(_load(make, tensors, path, dtype))
+    return lambda dtype: steps(_load(make, tensors, path, dtype, simplify))
 
 
 def _load(
@@ -141,8 +146,9 @@ def _load(
     tensors: Mapping[str, np.ndarray],
     path: Path,
     dtype: mx.Dtype,
+    simplify: Callable[[nn.Module], None] | None = None,
 ) -> Network:
-    """Make a network and load it strictly.
+    """Make a network, load it strictly, simplify it in float32, change its type.
 
     Raises:
         ValueError: a tensor is missing, unexpected or of another shape.
@@ -152,9 +158,10 @@ def _load(
         load_strictly(network, tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if dtype != mx.float32:
-        network.set_dtype(dtype)
-        mx.eval(network.parameters())
+    if simplify:
+        simplify(network)
+    network.set_dtype(dtype)
+    mx.eval(network.parameters())
     return network
 
 
@@ -253,6 +260,7 @@ class PitchNet:
                 self._tensors,
                 self.path,
                 lambda net: [net.image_features, net.fc[0].gru, net.classify],
+                fold_batch_norm,
             ),
             lambda length: [((1, length, mels), mx.float32)],
             _MEL_LENGTHS,

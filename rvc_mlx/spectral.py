@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -14,7 +16,8 @@ HOP_LENGTH = 160  # samples: 100 frames per second
 F_MIN, F_MAX = 30.0, 8000.0  # Hz, range of the mel bands
 LOG_FLOOR = 1e-5  # smallest mel magnitude before the logarithm
 
-_FRAMES_PER_BLOCK = 1024  # frames transformed at once: 8 MiB of windows
+_FRAMES_PER_BLOCK = 256  # frames transformed at once: 2 MiB of windows
+_THREADS = min(8, os.cpu_count() or 1)
 
 
 @cache
@@ -55,7 +58,8 @@ def magnitudes(samples: np.ndarray) -> np.ndarray:
         leaves rounding noise, which the logarithm of the mel turns into 6e-3.
     """
     windows = np.lib.stride_tricks.sliding_window_view(samples, N_FFT)[::HOP_LENGTH]
-    return np.abs(scipy.fft.rfft(windows * hann_window(N_FFT), axis=-1, workers=-1))
+    spectra = scipy.fft.rfft(windows * hann_window(N_FFT), axis=-1)
+    return np.sqrt(np.square(spectra.real) + np.square(spectra.imag))
 
 
 def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
@@ -71,8 +75,18 @@ def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
     """
     frames = (len(samples) - N_FFT) // HOP_LENGTH + 1
     mel = np.empty((frames, n_mels), np.float32)
-    for start in range(0, frames, _FRAMES_PER_BLOCK):
+    filters = mel_filters(n_mels)
+
+    def transform(start: int) -> None:
         stop = min(start + _FRAMES_PER_BLOCK, frames)
         block = samples[start * HOP_LENGTH : (stop - 1) * HOP_LENGTH + N_FFT]
-        mel[start:stop] = magnitudes(block) @ mel_filters(n_mels)
-    return np.log(np.maximum(mel, LOG_FLOOR))
+        levels = np.maximum(magnitudes(block) @ filters, LOG_FLOOR)
+        mel[start:stop] = np.log(levels)
+
+    starts = range(0, frames, _FRAMES_PER_BLOCK)
+    if len(starts) == 1:
+        transform(0)
+    else:
+        with ThreadPoolExecutor(min(_THREADS, len(starts))) as pool:
+            list(pool.map(transform, starts))
+    return mel

@@ -22,13 +22,25 @@ ORDER = [
     *("version", "arrays", "spool", "audio", "ffmpeg_decoders", "decoders"),
     *("output_format", "audio_io", "loudness", "spectral"),
     *("formats", "checkpoint", "download"),
-    *("models", "noise", "gru_kernel", "conv_kernel", "feature_index", "faiss_file", "retrieval"),
+    *(
+        "models",
+        "noise",
+        "gru_kernel",
+        "conv_kernel",
+        "fused_blocks",
+        "feature_index",
+        "faiss_file",
+        "retrieval",
+    ),
     *("openvino_graph", "openvino_fusions", "openvino_ops", "engine", "options"),
     *("pitch", "loading", "segments", "report", "decoding", "job", "pipeline"),
     *("batch", "export", "inspection", "bench", "training", "cli"),
 ]
 # Imported in functions only, where they are wanted.
-OPTIONAL = {"openvino", "av", "rich", "huggingface_hub"}
+OPTIONAL = {
+    *("openvino", "av", "rich", "huggingface_hub"),
+    *("faiss", "tensorboardX", "resemblyzer"),
+}
 REQUIRED = {"mlx", "numpy", "scipy", "soundfile", "soxr", "safetensors"}
 
 

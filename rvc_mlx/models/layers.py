@@ -7,6 +7,7 @@ convolutions as pairs. Attribute names here equal the checkpoint's keys, so load
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import mlx.core as mx
@@ -94,6 +95,12 @@ def to_channels_last(
     return {name: mx.array(value) for name, value in arrays.items()}
 
 
+def to_torch_axes(layer: nn.Module) -> tuple[int, ...]:
+    """Order of a weight's axes that turns MLX's layout into torch's, () for no change."""
+    axes = _TRANSPOSES.get(type(layer), ())
+    return tuple(axes.index(i) for i in range(len(axes)))
+
+
 def load_strictly(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> None:
     """Load torch-layout tensors into ``model``, every one of them, and evaluate.
 
@@ -104,6 +111,22 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, np.ndarray]) -> None:
     model.load_weights(list(to_channels_last(model, folded).items()), strict=True)
     model.eval()
     mx.eval(model.parameters())
+
+
+def fold_batch_norm(network: nn.Module) -> None:
+    """Put every batch norm that follows a convolution in a list into its weights.
+
+    For inference only: the norms become identities.
+    """
+    for module in network.modules():
+        for layers in module.values():
+            if isinstance(layers, list):
+                for i, (conv, norm) in enumerate(itertools.pairwise(layers)):
+                    if isinstance(norm, nn.BatchNorm) and "weight" in conv:
+                        scale = norm.weight * mx.rsqrt(norm.running_var + norm.eps)
+                        conv.weight = conv.weight * scale[:, None, None, None]
+                        conv.bias = norm.bias - norm.running_mean * scale
+                        layers[i + 1] = nn.Identity()
 
 
 class LayerNorm(nn.Module):

@@ -143,6 +143,14 @@ def hifigan_context(config: SynthesizerConfig) -> int:
     return math.ceil(frames + 3 / samples_per_frame + 1)
 
 
+def average_blocks(x: mx.array, blocks: Sequence[nn.Module]) -> mx.array:
+    """Mean of what the residual blocks of a stage make of ``[B, L, C]``."""
+    total = blocks[0](x)
+    for block in blocks[1:]:
+        total = total + block(x)
+    return total / len(blocks)
+
+
 class HiFiGAN(nn.Module):
     """The path that all HiFi-GAN vocoders share.
 
@@ -153,6 +161,7 @@ class HiFiGAN(nn.Module):
     def __init__(self, config: SynthesizerConfig):
         super().__init__()
         self._context = hifigan_context(config)
+        self._average = average_blocks
 
     @property
     def context(self) -> int:
@@ -169,7 +178,7 @@ class HiFiGAN(nn.Module):
             x = upsample(leaky_relu(x))
             if source_conv is not None:
                 x = x + source_conv(source)
-            x = sum((block(x) for block in blocks[1:]), blocks[0](x)) / len(blocks)
+            x = self._average(x, blocks)
         # Upstream uses the default slope here, once.
         return mx.tanh(self.conv_post(leaky_relu(x, 0.01)))[..., 0]
 

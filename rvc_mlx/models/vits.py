@@ -50,7 +50,9 @@ class RelativeAttention(nn.Module):
         w = RELATIVE_WINDOW
         real = mx.ones((B, T, 1), x.dtype) if mask is None else mask
         pads = [(0, 0), (w, w), (0, 0)]
-        masking = (mx.pad(real, pads) - 1) * _MASKED
+        # Eight channels, of which seven are empty: products want aligned widths.
+        masking = mx.pad((mx.pad(real, pads) - 1) * _MASKED, [(0, 0), (0, 0), (0, 7)])
+        ones = mx.ones((B, T, 8), x.dtype)
         near = (mx.arange(T)[:, None] + mx.arange(2 * w + 1))[None]
         query = self.conv_q(x) * (self._num_heads / C) ** 0.5
         key, value = (mx.pad(y, pads) for y in (self.conv_k(x), self.conv_v(x)))
@@ -59,7 +61,6 @@ class RelativeAttention(nn.Module):
             *(mx.split(y, self._num_heads, axis=-1) for y in (query, key, value)),
             strict=True,
         ):
-            ones = mx.ones((B, T, 1), x.dtype)
             scores = mx.concatenate([q, ones], axis=-1) @ mx.concatenate(
                 [k, masking], axis=-1
             ).swapaxes(-1, -2)  # [B, T, T + 2 w]

@@ -1,0 +1,370 @@
+"""The vocoder's CUDA convolution: its own source on the processor, and on a GPU."""
+
+import shutil
+import subprocess
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rvc_mlx import conv_kernel
+from rvc_mlx.conv_kernel import Tile, fused_conv, pack_weight
+
+needs_gpu = pytest.mark.skipif(
+    not conv_kernel.supports(32, 3, mx.float32), reason="needs a CUDA GPU like an H100"
+)
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs g++ to run the kernel's source"
+)
+
+_CUDA_ON_PROCESSOR = r"""
+// What the CUDA source needs to run on a processor: one block at a time, its threads as
+// fibers in lock step (so that a missing barrier goes unseen), the warp-wide instructions
+// after the tables of the PTX ISA. With `lazy`, asynchronous copies happen as late as they
+// may.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __shared__
+#define __align__(n)
+struct Index { unsigned x, y, z; };
+struct uint4 { unsigned x, y, z, w; };
+struct float2 { float x, y; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct bfloat16 {
+    uint16_t bits;
+    bfloat16() = default;
+    explicit bfloat16(float v) {
+        uint32_t u;
+        memcpy(&u, &v, 4);
+        bits = (u + 0x7fff + (u >> 16 & 1)) >> 16;
+    }
+    operator float() const {
+        const uint32_t u = (uint32_t)bits << 16;
+        float v;
+        memcpy(&v, &u, 4);
+        return v;
+    }
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack{new char[1 << 17]};
+    Index index;
+    bool done = false;
+    std::deque<std::vector<std::pair<unsigned, const void*>>> groups{1};
+    unsigned address, a[4], b[2];
+};
+static std::vector<std::unique_ptr<Fiber>> fibers;
+static Fiber* current;
+static ucontext_t scheduler;
+static Index blockIdx;
+static unsigned char* memory_of_block;
+static size_t memory_size;
+static bool lazy;
+static std::function<void()> body;
+#define threadIdx (current->index)
+
+inline void check(bool ok, const char* what) {
+    if (!ok) { fprintf(stderr, "%s\n", what); exit(1); }
+}
+inline void yield() { swapcontext(&current->context, &scheduler); }
+inline void __syncthreads() { yield(); }
+inline Fiber& lane_of(int lane) { return *fibers[current->index.x / 32 * 32 + lane]; }
+inline float __int_as_float(int i) { float f; memcpy(&f, &i, 4); return f; }
+
+namespace fused_conv {
+inline unsigned shared_address(const void* p) { return (unsigned char*)p - memory_of_block; }
+inline void copy_now(unsigned target, const void* source) {
+    check(target % 16 == 0 && target + 16 <= memory_size, "copy outside shared memory");
+    memcpy(memory_of_block + target, source, 16);
+}
+inline void copy_async(unsigned target, const void* source) {
+    if (lazy) current->groups.back().emplace_back(target, source);
+    else copy_now(target, source);
+}
+inline void commit() { current->groups.emplace_back(); }
+template <int PENDING> void wait() {
+    while (current->groups.size() > PENDING + 1) {
+        for (auto& c : current->groups.front()) copy_now(c.first, c.second);
+        current->groups.pop_front();
+    }
+}
+inline uint4 load(const void* source) { return *(const uint4*)source; }
+
+inline void ldmatrix(unsigned (&r)[4], unsigned address) {
+    current->address = address;
+    yield();
+    const int lane = current->index.x % 32;
+    for (int i = 0; i < 4; i++) {
+        const unsigned row = lane_of(i * 8 + lane / 4).address;
+        check(row % 16 == 0 && row + 16 <= memory_size, "ldmatrix outside shared memory");
+        memcpy(&r[i], memory_of_block + row + lane % 4 * 4, 4);
+    }
+    yield();
+}
+
+// Element i of a fragment's registers, as the tables number them.
+inline float element(float, const unsigned* r, int i) { return __int_as_float(r[i]); }
+inline float element(bfloat16, const unsigned* r, int i) {
+    return __int_as_float(r[i / 2] >> i % 2 * 16 << 16);
+}
+template <class T>
+void mma(T, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    memcpy(current->a, a, 16);
+    current->b[0] = b0;
+    current->b[1] = b1;
+    yield();
+    constexpr bool TF32 = sizeof(T) == 4;
+    constexpr int K = TF32 ? 8 : 16;
+    float A[16][K], B[K][8];
+    for (int lane = 0; lane < 32; lane++) {
+        const int group = lane / 4, in_group = lane % 4;
+        for (int i = 0; i < (TF32 ? 4 : 8); i++) {
+            const int row = TF32 ? (i % 2 ? group + 8 : group)
+                                 : (i / 2 % 2 ? group + 8 : group);
+            const int column = TF32 ? in_group + (i < 2 ? 0 : 4)
+                                    : in_group * 2 + (i & 1) + (i < 4 ? 0 : 8);
+            A[row][column] = element(T(), lane_of(lane).a, i);
+        }
+        for (int i = 0; i < (TF32 ? 2 : 4); i++) {
+            const int row = TF32 ? in_group + 4 * i
+                                 : in_group * 2 + (i & 1) + (i < 2 ? 0 : 8);
+            B[row][group] = element(T(), lane_of(lane).b, i);
+        }
+    }
+    const int lane = current->index.x % 32;
+    for (int i = 0; i < 4; i++)
+        for (int k = 0; k < K; k++)
+            c[i] += A[lane / 4 + (i < 2 ? 0 : 8)][k] * B[k][lane % 4 * 2 + (i & 1)];
+    yield();
+}
+
+inline unsigned activate(float, unsigned word, float slope) {
+    float v = __int_as_float(word);
+    v = fmaxf(v, v * slope);
+    memcpy(&word, &v, 4);
+    return (word + 0x1000) & ~0x1fffu;
+}
+inline unsigned activate(bfloat16, unsigned word, float slope) {
+    unsigned result = 0;
+    for (int i = 0; i < 2; i++) {
+        const float v = __int_as_float(word >> i * 16 << 16);
+        result |= (unsigned)bfloat16(fmaxf(v, v * slope)).bits << i * 16;
+    }
+    return result;
+}
+}  // namespace fused_conv
+
+inline void run_block(int threads, size_t size) {
+    std::vector<unsigned char> storage(size + 16, 0xff);  // NaN until written
+    memory_of_block = storage.data() + (16 - (uintptr_t)storage.data() % 16) % 16;
+    memory_size = size;
+    fibers.clear();
+    for (int i = 0; i < threads; i++) {
+        fibers.emplace_back(new Fiber);
+        Fiber& f = *fibers.back();
+        f.index = {(unsigned)i, 0, 0};
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp = f.stack.get();
+        f.context.uc_stack.ss_size = 1 << 17;
+        f.context.uc_link = &scheduler;
+        makecontext(&f.context, +[] { body(); current->done = true; }, 0);
+    }
+    for (bool busy = true; busy;) {
+        busy = false;
+        for (auto& f : fibers)
+            if (!f->done) {
+                busy = true;
+                current = f.get();
+                swapcontext(&scheduler, &f->context);
+            }
+    }
+}
+
+template <class V> std::vector<V> read_array(const char* path, size_t extra = 0) {
+    FILE* file = fopen(path, "rb");
+    check(file, path);
+    fseek(file, 0, SEEK_END);
+    std::vector<V> v(ftell(file) / sizeof(V) + extra);
+    rewind(file);
+    check(fread(v.data(), 1, v.size() * sizeof(V), file) > 0, path);
+    fclose(file);
+    return v;
+}
+"""
+
+_MAIN = r"""
+void kernel(const T* x, const int* x_shape, const T* weight, const int* weight_shape,
+            const float* bias, const T* residual, const T* accumulate,
+            const int* settings, T* y) {
+%s
+}
+int main(int, char** arguments) {
+    lazy = *arguments[1] == '1';
+    auto shape = read_array<int>("shape");  // B, L, C, k, blocks
+    auto x = read_array<T>("x"), weight = read_array<T>("weight");
+    auto residual = read_array<T>("residual"), accumulate = read_array<T>("accumulate");
+    auto bias = read_array<float>("bias");
+    auto settings = read_array<int>("settings");
+    std::vector<T> y(x.size(), T(NAN));
+    body = [&] {
+        kernel(x.data(), shape.data(), weight.data(), shape.data() + 3, bias.data(),
+               residual.data(), accumulate.data(), settings.data(), y.data());
+    };
+    for (unsigned b = 0; b < (unsigned)shape[0]; b++)
+        for (unsigned i = 0; i < (unsigned)shape[4]; i++) {
+            blockIdx = {i, b, 0};
+            run_block(32 * WARPS_M * WARPS_N, SHARED_MEMORY);
+        }
+    FILE* file = fopen("y", "wb");
+    fwrite(y.data(), sizeof(T), y.size(), file);
+    fclose(file);
+}
+"""
+
+
+def operands(B, L, C, k, dtype):
+    """Input, weight, bias and two arrays to add, all exact in ``dtype``."""
+    shapes = {"x": (B, L, C), "weight": (C, k, C), "bias": (C,)}
+    shapes |= {"residual": (B, L, C), "accumulate": (B, L, C)}
+    arrays = {name: mx.random.normal(shape) for name, shape in shapes.items()}
+    arrays["weight"] /= (C * k) ** 0.5
+    return {
+        name: a if name == "bias" else a.astype(dtype) for name, a in arrays.items()
+    }
+
+
+def expected(x, weight, bias, *, dilation, slope, residual=0, accumulate=0, scale=1):
+    """The same with MLX's convolution in float32, rounded nowhere."""
+    x = x.astype(mx.float32)
+    x = mx.maximum(x, slope * x)
+    pad = (weight.shape[1] - 1) // 2 * dilation
+    y = mx.conv1d(x, weight.astype(mx.float32), padding=pad, dilation=dilation)
+    return (y + bias + residual + accumulate) * scale
+
+
+def error(y, wanted):
+    """Greatest difference over the greatest value; NaN stays NaN."""
+    difference = mx.abs(y.astype(mx.float32) - wanted)
+    return (mx.max(difference) / mx.max(mx.abs(wanted))).item()
+
+
+def bits(a):
+    """The array as numpy can write it."""
+    return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
+
+
+def on_processor(folder, arrays, *, dilation, slope, scale, tile):
+    """Run the kernel's source, block after block, as ``_CUDA_ON_PROCESSOR`` has it.
+
+    Twice: with asynchronous copies made at once, and as late as the kernel allows.
+    """
+    x = arrays["x"]
+    dtype, (B, L, C), k = x.dtype, x.shape, arrays["weight"].shape[1]
+    memory = tile.shared_memory(k, dilation)
+    blocks = -(-L // tile.positions) * (C // tile.columns)
+    packed = pack_weight(arrays["weight"], dtype, tile).array
+    settings = conv_kernel._settings(dilation, True, True, slope, scale)
+    for name, a in {**arrays, "weight": packed, "settings": settings}.items():
+        bits(a).tofile(folder / name)
+    np.array([B, L, C, k, blocks], np.int32).tofile(folder / "shape")
+    constants = conv_kernel._constants(dtype, C, tile, memory)
+    kind = "float" if dtype == mx.float32 else "bfloat16"
+    lines = [_CUDA_ON_PROCESSOR, f"using T = {kind};"]
+    lines += [f"constexpr int {name} = {value};" for name, value in constants[1:]]
+    source = conv_kernel._SOURCE.replace(
+        "extern __shared__ __align__(16) unsigned char shared[];",
+        "unsigned char* shared = memory_of_block;",
+    )
+    (folder / "kernel.cpp").write_text("\n".join(lines) + _MAIN % source)
+    flags = ["-std=c++17", "-O1", "-w", "-o", "kernel", "kernel.cpp"]
+    subprocess.run(["g++", *flags], cwd=folder, check=True)
+    for lazy in "01":
+        subprocess.run(["./kernel", lazy], cwd=folder, check=True)
+        y = np.fromfile(folder / "y", np.float32 if dtype == mx.float32 else np.uint16)
+        y = mx.array(y.reshape(B, L, C))
+        yield y if dtype == mx.float32 else y.view(mx.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "dilation", "tile"),
+    [
+        ((2, 41, 16, 3), 3, Tile(2, 1, 1, 2, 64, 64, 2)),
+        ((1, 35, 32, 7), 5, Tile(1, 1, 2, 4, 64, 32, 3)),
+        ((1, 20, 64, 3), 30, Tile(1, 1, 2, 4, 128, 64, 4)),  # two blocks of columns
+    ],
+)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_the_source_convolves(tmp_path, dtype, shape, dilation, tile):
+    if dtype == mx.bfloat16 and shape[2] == 16:
+        tile = Tile(2, 1, 1, 2, 32, 32, 2)
+    arrays = operands(*shape, dtype)
+    options = {"dilation": dilation, "slope": 0.1, "scale": 1 / 3}
+    with mx.stream(mx.cpu):
+        wanted = expected(**arrays, **options)
+        for y in on_processor(tmp_path, arrays, **options, tile=tile):
+            # Ten bits of fraction in TF32, seven in bfloat16.
+            assert error(y, wanted) < (1e-3 if dtype == mx.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
+@pytest.mark.parametrize("channels", conv_kernel.CHANNELS)
+def test_tiles_divide_the_work_and_fit_a_block(channels, dtype):
+    for tile in conv_kernel.candidate_tiles(channels, dtype):
+        row = channels * dtype.size
+        assert channels % tile.columns == 0
+        assert row % tile.chunk == tile.chunk % tile.depth == tile.depth % 32 == 0
+        assert tile.nt % conv_kernel._group(channels, dtype) == tile.nt % 2 == 0
+        assert 2 * (tile.shared_memory(11, 5) + 1024) <= 228 * 1024
+
+
+def test_packed_weights_are_the_same_numbers_rounded_to_tf32():
+    weight = mx.random.normal((32, 3, 32))
+    packed = pack_weight(weight, mx.float32).array
+    assert packed.shape == (3, 32, 32)
+    assert not np.any(np.array(packed).view(np.uint32) & 0x1FFF)
+    ours, theirs = np.sort(np.array(packed).ravel()), np.sort(np.array(weight).ravel())
+    np.testing.assert_allclose(ours, theirs, rtol=2.0**-11)
+
+
+@pytest.mark.parametrize("shape", [(32, 4, 32), (48, 3, 48), (32, 3, 64)])
+def test_other_weights_are_refused(shape):
+    with pytest.raises(ValueError, match="the kernel wants"):
+        pack_weight(mx.zeros(shape), mx.float32)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    weight = pack_weight(mx.zeros((32, 3, 32)), mx.float32)
+    with pytest.raises(ValueError, match="weight is"):
+        fused_conv(mx.zeros((1, 5, 64)), weight, mx.zeros((64,)), dilation=1, slope=0.1)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
+@pytest.mark.parametrize(("k", "dilation"), [(3, 1), (7, 3), (11, 5)])
+@pytest.mark.parametrize("channels", conv_kernel.CHANNELS)
+def test_convolution_equals_mlx(channels, k, dilation, dtype):
+    arrays = operands(2, 777, channels, k, dtype)
+    options = {"dilation": dilation, "slope": 0.1, "scale": 1 / 3}
+    with mx.stream(mx.cpu):
+        wanted = expected(**arrays, **options)
+        mx.eval(wanted)
+    for tile in conv_kernel.candidate_tiles(channels, dtype):
+        weight = pack_weight(arrays["weight"], dtype, tile)
+        y = fused_conv(**{**arrays, "weight": weight}, **options)
+        # Ten bits of fraction (seven in bfloat16), and sums of thousands of products.
+        assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 2e-3)
