@@ -1,6 +1,7 @@
 """The command line: ``rvc-mlx convert|info|convert-model|download|doctor|bench|demo``.
 
-Heavy modules are imported by the command that needs them, so ``--help`` is quick.
+``train``, ``index`` and ``extract`` come from `rvc_mlx.training.commands`. Heavy modules
+are imported by the command that needs them, so ``--help`` is quick.
 Exit codes: 0 done, 1 failed (also when one file of many did), 2 misuse, 130 interrupted.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rvc_mlx.options import ConversionOptions
+from rvc_mlx.training.commands import add_commands
 from rvc_mlx.version import __version__
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_doctor(commands)
     _add_bench(commands)
     _add_demo(commands)
+    add_commands(commands)
     return parser
 
 

@@ -336,8 +336,8 @@ def candidate_tiles(channels: int, dtype: mx.Dtype) -> list[Tile]:
     wide, narrow = min(row, 256), min(row, 128)
     if channels >= 128:
         return [
-            Tile(2, 2, 4, 8, wide, narrow, 3),
             Tile(2, 4, 4, 4, wide, narrow, 3, 4),
+            Tile(2, 2, 4, 8, wide, narrow, 3),
             Tile(2, 2, 4, 8, narrow, narrow, 3),
             Tile(2, 2, 2, 8, wide, narrow, 3),
         ]

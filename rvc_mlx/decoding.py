@@ -71,16 +71,19 @@ def decode(
         Audio ``[n]`` float32 at the voice's rate, ``(last - first) * U`` samples in all.
     """
     U = voice.config.samples_per_frame
-    core = voice.window - 2 * voice.context
+    most, step = voice.window - 2 * voice.context, voice.window_step
     oscillator = None if f0 is None else Oscillator(voice, f0, noise, segment.number)
     begun: Array | None = None
-    for first in range(segment.first, segment.last, core):
-        start = first - voice.context
-        inputs = [_window(z[0], start, voice.window)[None], speaker]
+    first = segment.first
+    while first < segment.last:
+        core = min(most, -(-(segment.last - first) // step) * step)
+        start, length = first - voice.context, core + 2 * voice.context
+        inputs = [_window(z[0], start, length)[None], speaker]
         if oscillator:
             with report.stage("source"):
-                inputs += oscillator.window(start)
+                inputs += oscillator.window(start, length)
         count = min(core, segment.last - first)
+        first += count
         with report.stage("vocoder"):
             audio = voice.vocoder.start(*inputs)[0]
             audio = audio[voice.context * U : (voice.context + count) * U]
@@ -114,12 +117,12 @@ class Oscillator:
         self._offset = offset[None, None]
         self._voice, self._noise, self._segment = voice, noise, segment
 
-    def window(self, start: int) -> list[Array]:
+    def window(self, start: int, frames: int) -> list[Array]:
         """Vocoder inputs after the speaker, for a window from frame ``start``."""
         voice, U = self._voice, self._voice.config.samples_per_frame
         assert voice.source is not None
         begin = start - voice.source_context
-        length = voice.window + 2 * voice.source_context
+        length = frames + 2 * voice.source_context
         noise = self._noise.normal(
             "source", self._segment, begin, begin + length, U, voice.harmonics
         )
@@ -131,12 +134,15 @@ class Oscillator:
         )
         return [
             source,
-            *(self._stage_noise(start, i) for i in range(len(voice.noise_shapes))),
+            *(
+                self._stage_noise(start, frames, i)
+                for i in range(len(voice.noise_shapes))
+            ),
         ]
 
-    def _stage_noise(self, start: int, stage: int) -> Array:
+    def _stage_noise(self, start: int, frames: int, stage: int) -> Array:
         per_frame, channels = self._voice.noise_shapes[stage]
-        stop = start + self._voice.window
+        stop = start + frames
         parts = [
             self._noise.normal(
                 f"adain.{stage}.{branch}.{place}",

@@ -34,7 +34,9 @@ DEVICES = ("auto", "gpu", "cpu", "mlx-cpu")
 PRECISIONS = ("auto", "f32", "bf16", "f16")
 
 _DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
-_KEPT_KERNELS = 256  # of a network; without a limit every new length adds 3 MB for ever
+# Kernels of past lengths that OpenVINO keeps per network, and oneDNN under it. By default
+# every new length adds 3 MB a network for ever; making them again takes milliseconds.
+_KEPT_KERNELS, _KEPT_PRIMITIVES = 0, "16"
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
 
 Step = Callable[..., mx.array]
@@ -79,10 +81,12 @@ class MLXEngine:
     Attributes:
         device: what computes, in words.
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
-        window_frames: frames that the vocoder decodes at once.
+        window_frames: most frames that the vocoder decodes at once.
+        window_step: windows are a multiple of it, up to that.
     """
 
-    window_frames = 1024
+    window_frames = 3072
+    window_step = 256
 
     def __init__(self, device: mx.Device, precision: str, tf32: bool = True):
         self._device = device
@@ -107,7 +111,8 @@ class MLXEngine:
             step._average = FusedBlocks(step)
         if isinstance(step, GRU):
             return checked(step) if supports(step) else step
-        return mx.compile(step)
+        # On CUDA compiled networks were no faster, and each fusion takes seconds once.
+        return mx.compile(step) if mx.metal.is_available() else step
 
 
 class _MLXRun:
@@ -146,12 +151,14 @@ class OpenVINOEngine:
     Attributes:
         device: what computes, in words.
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
-        window_frames: frames that the vocoder decodes at once.
+        window_frames: most frames that the vocoder decodes at once.
+        window_step: windows are a multiple of it, up to that.
     """
 
-    window_frames = 128
+    window_frames = window_step = 128  # one length, for which the vocoder is compiled
 
     def __init__(self, precision: str, cache: Path | None):
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_PRIMITIVES)
         import openvino
 
         self._core = openvino.Core()

@@ -273,8 +273,9 @@ class Voice:
     Attributes:
         path: its file.
         config: its sizes.
-        window: frames of latent that the vocoder takes at once.
-        context: of these, frames on each side that only serve as context.
+        window: most frames of latent that the vocoder takes at once.
+        window_step: see the engine's.
+        context: of the window, frames on each side that only serve as context.
         source_context: frames of source beyond the window on each side.
         speakers: embeddings ``[speakers, gin_channels]`` float32.
         prior: features, noise, speaker [, coarse pitch] to latent.
@@ -302,7 +303,10 @@ class Voice:
         self.noise_shapes: list[tuple[int, int]] = (
             vocoder.noise_shapes() if isinstance(vocoder, RefineGANGenerator) else []
         )
-        self.window = engine.window_frames + 2 * self.context
+        # A RefineGAN takes noise of every channel at every sample.
+        most = min(engine.window_frames, 1024 if self.noise_shapes else 1 << 20)
+        self.window_step = min(engine.window_step, most)
+        self.window = most + 2 * self.context
         self.prior = engine.bind(self.prior_seam())
         self.source = engine.bind(self.source_seam()) if self.config.f0 else None
         self.vocoder = engine.bind(self.vocoder_seam())

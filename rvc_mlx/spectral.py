@@ -47,6 +47,19 @@ def mel_filters(n_mels: int) -> np.ndarray:
     return np.ascontiguousarray(weights.T.astype(np.float32).astype(np.float64))
 
 
+@cache
+def _band_entries(n_mels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Filters that are not 0, band by band: bins, weights, first entry of each band.
+
+    A bin is in two bands at most, so this is 60 times less work than the whole matrix.
+    """
+    bands, bins = np.nonzero(mel_filters(n_mels).T)
+    first = np.searchsorted(bands, np.arange(n_mels))
+    if len(np.unique(bands)) != n_mels:
+        raise ValueError(f"{n_mels} mel bands are too many: some would hold no bin")
+    return bins, mel_filters(n_mels)[bins, bands], first
+
+
 def magnitudes(samples: np.ndarray) -> np.ndarray:
     """Magnitude spectra of all whole windows.
 
@@ -75,13 +88,14 @@ def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
     """
     frames = (len(samples) - N_FFT) // HOP_LENGTH + 1
     mel = np.empty((frames, n_mels), np.float32)
-    filters = mel_filters(n_mels)
+    bins, weights, starts_of_bands = _band_entries(n_mels)
 
     def transform(start: int) -> None:
         stop = min(start + _FRAMES_PER_BLOCK, frames)
         block = samples[start * HOP_LENGTH : (stop - 1) * HOP_LENGTH + N_FFT]
-        levels = np.maximum(magnitudes(block) @ filters, LOG_FLOOR)
-        mel[start:stop] = np.log(levels)
+        parts = magnitudes(block)[:, bins] * weights
+        bands = np.add.reduceat(parts, starts_of_bands, axis=1)
+        mel[start:stop] = np.log(np.maximum(bands, LOG_FLOOR))
 
     starts = range(0, frames, _FRAMES_PER_BLOCK)
     if len(starts) == 1:
