@@ -1,0 +1,154 @@
+"""Three ways to compute a 1-D convolution; which is fastest depends on the back end.
+
+The results are the same, forward and backward; a layer keeps its name and weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_map
+
+_PLAIN = ("native", "unfolded")
+_GROUPED = ("native", "unfolded", "dense")
+
+
+@dataclass(frozen=True)
+class Convolutions:
+    """How the training networks' convolutions are computed.
+
+    Attributes:
+        generator: ``"native"`` (the back end's) or ``"unfolded"`` (one matrix product).
+        plain: likewise, for the discriminators' convolutions without groups.
+        grouped: for those with groups: ``"native"``, ``"unfolded"`` (one matrix product
+            for each group) or ``"dense"`` (groups as blocks of one dense kernel).
+
+    Raises:
+        ValueError: a way is unknown.
+    """
+
+    generator: str = "native"
+    plain: str = "native"
+    grouped: str = "native"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("generator", _PLAIN),
+            ("plain", _PLAIN),
+            ("grouped", _GROUPED),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} convolutions {getattr(self, name)!r} are unknown; "
+                    f"expected one of {allowed}"
+                )
+
+
+def unfolded_conv1d(
+    x: mx.array,
+    weight: mx.array,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> mx.array:
+    """``mx.conv1d`` as a matrix product over copied windows.
+
+    Windows are read in blocks of ``stride`` samples, so that a kernel of K taps costs
+    only ``ceil(K / stride)`` contiguous copies, forward and backward.
+
+    Args:
+        x: ``[B, L, C]``.
+        weight: ``[O, K, C / groups]``.
+        stride: samples between windows.
+        padding: zeros on each side.
+        dilation: samples between taps; 1 unless ``stride`` is 1.
+        groups: blocks of channels that do not mix.
+
+    Returns:
+        ``[B, (L + 2 * padding - dilation * (K - 1) - 1) // stride + 1, O]``.
+    """
+    B, L, C = x.shape
+    outputs, K, _ = weight.shape
+    n = (L + 2 * padding - dilation * (K - 1) - 1) // stride + 1
+    blocks = -(-K // stride)
+    taps = blocks * stride
+    rows = n + dilation * (blocks - 1)
+    x = mx.pad(x, [(0, 0), (padding, max(0, rows * stride - L - padding)), (0, 0)])
+    x = x[:, : rows * stride].reshape(B, rows, stride * C)
+    places = range(0, dilation * blocks, dilation)
+    windows = mx.concatenate([x[:, k : k + n] for k in places], axis=-1)
+    weight = mx.pad(weight, [(0, 0), (0, taps - K), (0, 0)])
+    if groups == 1:
+        y = windows.reshape(B * n, taps * C) @ weight.reshape(outputs, -1).T
+        return y.reshape(B, n, outputs)
+    windows = windows.reshape(B * n, taps, groups, C // groups)
+    windows = windows.transpose(2, 0, 1, 3).reshape(groups, B * n, -1)
+    y = windows @ weight.reshape(groups, outputs // groups, -1).swapaxes(1, 2)
+    return y.swapaxes(0, 1).reshape(B, n, outputs)
+
+
+def dense_weight(weight: mx.array, groups: int) -> mx.array:
+    """A grouped kernel ``[O, K, C / groups]`` as a dense one, ``[O, K, C]``."""
+    outputs, K, width = weight.shape
+    blocks = weight.reshape(groups, outputs // groups, K, 1, width)
+    own = mx.eye(groups, dtype=weight.dtype)[:, None, None, :, None]
+    return (blocks * own).reshape(outputs, K, groups * width)
+
+
+class UnfoldedConv1d(nn.Conv1d):
+    """``nn.Conv1d`` through `unfolded_conv1d`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        y = unfolded_conv1d(
+            x, self.weight, self.stride, self.padding, self.dilation, self.groups
+        )
+        return y + self.bias if "bias" in self else y
+
+
+class DenseConv1d(nn.Conv1d):
+    """Grouped ``nn.Conv1d`` through `dense_weight`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        weight = dense_weight(self.weight, self.groups)
+        y = mx.conv1d(x, weight, self.stride, self.padding, self.dilation)
+        return y + self.bias if "bias" in self else y
+
+
+_KINDS: dict[str, type[nn.Conv1d]] = {
+    "native": nn.Conv1d,
+    "unfolded": UnfoldedConv1d,
+    "dense": DenseConv1d,
+}
+
+
+def reformulate(network: nn.Module, plain: str, grouped: str) -> None:
+    """Compute all 1-D convolutions of a network another way.
+
+    Args:
+        network: its layers are replaced; weights are to be bound afterwards.
+        plain: for convolutions without groups, see `Convolutions`.
+        grouped: for those with groups.
+    """
+
+    def replaced(layer: nn.Module) -> nn.Module:
+        if type(layer) is not nn.Conv1d:
+            return layer
+        outputs, taps, width = layer.weight.shape
+        return _KINDS[plain if layer.groups == 1 else grouped](
+            width * layer.groups,
+            outputs,
+            taps,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.groups,
+            "bias" in layer,
+        )
+
+    leaves = network.leaf_modules()
+    network.update_modules(tree_map(replaced, leaves, is_leaf=nn.Module.is_module))

@@ -1,0 +1,122 @@
+"""Fine-tuning from public ``f0G*.pth`` and ``f0D*.pth``: every tensor loaded or named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from rvc_mlx.checkpoint import read_checkpoint
+from rvc_mlx.training.parametrization import Parameters, from_torch, initial, to_torch
+from rvc_mlx.training.presets import TrainingConfig
+
+_SPEAKERS = "emb_g.weight"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a fine-tuning run starts.
+
+    Attributes:
+        generator: parameters.
+        discriminator: parameters.
+        notes: one line for each file, and for each tensor not taken as it is.
+    """
+
+    generator: Parameters
+    discriminator: Parameters
+    notes: tuple[str, ...]
+
+
+def load_pretrained(
+    generator: str | Path | None,
+    discriminator: str | Path | None,
+    config: TrainingConfig,
+    seed: int,
+) -> Pretrained:
+    """Read pretrained parameters; what has no file starts random.
+
+    The one difference allowed is the number of speakers: rows of ``emb_g`` that the file
+    lacks stay random, rows that the run lacks are left out, and a note says so.
+
+    Args:
+        generator: ``f0G*.pth``, ``G*.pth`` or ``G_*.pth``, with its ``enc_q``.
+        discriminator: ``f0D*.pth``, ``D*.pth`` or ``D_*.pth``.
+        config: of the run.
+        seed: of the random parameters.
+
+    Raises:
+        ValueError: a tensor is missing, not known or of another shape; all are named.
+        OSError: a file cannot be read.
+    """
+    own = initial(config, seed)
+    notes: list[str] = []
+    parts = [
+        parameters if path is None else _load(Path(path), parameters, notes)
+        for path, parameters in zip((generator, discriminator), own, strict=True)
+    ]
+    return Pretrained(parts[0], parts[1], tuple(notes))
+
+
+def _load(path: Path, own: Parameters, notes: list[str]) -> Parameters:
+    tensors = read_checkpoint(path).tensors
+    loaded = from_torch(tensors)
+    if _SPEAKERS in loaded and _SPEAKERS in own:
+        loaded[_SPEAKERS] = _speakers(path, loaded[_SPEAKERS], own[_SPEAKERS], notes)
+    _require_all(path, loaded, own)
+    notes.append(f"{path.name}: all {len(tensors)} tensors loaded")
+    return loaded
+
+
+def _speakers(
+    path: Path, theirs: mx.array, ours: mx.array, notes: list[str]
+) -> mx.array:
+    rows, wanted = theirs.shape[0], ours.shape[0]
+    if rows == wanted or theirs.shape[1:] != ours.shape[1:]:
+        return theirs
+    fate = (
+        f"rows {wanted} to {rows - 1} are left out"
+        if rows > wanted
+        else f"rows {rows} to {wanted - 1} start random"
+    )
+    notes.append(
+        f"{path.name}: {_SPEAKERS} has {rows} speakers, this run {wanted}: {fate}"
+    )
+    return mx.concatenate([theirs[:wanted], ours[rows:]])
+
+
+def _require_all(
+    path: Path, loaded: Mapping[str, mx.array], own: Mapping[str, mx.array]
+) -> None:
+    problems = [f"{name} is missing" for name in own if name not in loaded]
+    problems += [f"{name} is not known" for name in loaded if name not in own]
+    wrong = [k for k in own if k in loaded and loaded[k].shape != own[k].shape]
+    if wrong:
+        theirs = to_torch({k: loaded[k] for k in wrong})
+        ours = to_torch({k: own[k] for k in wrong})
+        problems += [
+            f"{k} is {theirs[k].shape}, this run wants {ours[k].shape}" for k in wrong
+        ]
+    if problems:
+        raise ValueError(
+            f"{path}: {len(problems)} tensors do not fit this run{_hint(loaded, own)}: "
+            + "; ".join(problems)
+        )
+
+
+def _hint(loaded: Mapping[str, mx.array], own: Mapping[str, mx.array]) -> str:
+    """The likely reason, for the usual mistakes."""
+    if ("enc_p.emb_phone.weight" in own) != ("enc_p.emb_phone.weight" in loaded):
+        return " (generator and discriminator files may be swapped)"
+    if "enc_q.pre.weight" in own and "enc_q.pre.weight" not in loaded:
+        return (
+            " (an inference voice has no enc_q; give the training checkpoint G_*.pth)"
+        )
+    pitch = "enc_p.emb_pitch.weight"
+    if (pitch in own) != (pitch in loaded):
+        return " (one of the two is with pitch, f0G*.pth, the other without, G*.pth)"
+    if "enc_p.emb_phone.weight" not in own:
+        return " (v1 has 7 discriminators, v2 has 9; give the file of this version)"
+    return " (give the file of this sample rate and version)"

@@ -1,0 +1,301 @@
+"""One training step: the discriminator's update, then the generator's.
+
+Source: RVC ``train_nsf_sim_cache_sid_load_pretrain.py``; Loshchilov & Hutter 2019 (AdamW).
+
+The generator runs forward once. Its audio, cut off from its gradient, updates the
+discriminator; the *updated* discriminator then judges the same audio for the
+generator's loss. All of it is one function of (state, learning rate, inputs), compiled
+once for each length of batch::
+
+    generator forward -> audio -+-> stop -> discriminator loss -> discriminator update
+                                |                                        |
+                                +--> generator loss <--- new discriminator
+                                           |
+                                     generator update
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from rvc_mlx.training.convolutions import Convolutions
+from rvc_mlx.training.discriminators import Discriminator
+from rvc_mlx.training.distributed import Group, frame_share, mean_gradients
+from rvc_mlx.training.forward import (
+    Draws,
+    Pass,
+    bind,
+    draw,
+    generate,
+    segments,
+    step_inputs,
+    training_network,
+)
+from rvc_mlx.training.losses import (
+    adversarial_loss,
+    discriminator_loss,
+    feature_loss,
+    kl_loss,
+    log_mel,
+    mel_loss,
+    spectrogram,
+)
+from rvc_mlx.training.optimizer import (
+    AdamW,
+    first_counters,
+    moments,
+    next_scale,
+    norm_of,
+    update,
+)
+from rvc_mlx.training.parametrization import Parameters, folded, require_same, shapes
+from rvc_mlx.training.presets import TrainingConfig
+
+if TYPE_CHECKING:
+    from rvc_mlx.training.dataset import Batch
+
+__all__ = ["AdamW", "Draws", "TrainStep", "draw"]
+
+DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
+
+State = dict[str, dict[str, mx.array]]
+
+
+class TrainStep:
+    """Trains a generator and a discriminator, one batch at a time.
+
+    Parameters and moments are float32; with half precision the layers run in it, while
+    the harmonic source, the spectrograms and all losses stay float32. A step whose
+    gradients are not all finite changes neither parameters nor moments of that network.
+
+    Args:
+        config: sizes and loss weights.
+        generator: parameters as ``parametrization.initial`` makes them.
+        discriminator: likewise.
+        optimizer: AdamW's numbers, for both networks.
+        precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
+        world: devices that share each joint batch; None for one.
+        convolutions: how convolutions are computed; None for the back end's way.
+        compiled: whether to compile the step; None for on a GPU only, since MLX calls a
+            C compiler for each fusion on the CPU.
+
+    Attributes:
+        precision: as given.
+
+    Raises:
+        ValueError: the precision is unknown, or parameters do not fit the configuration.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        generator: Parameters,
+        discriminator: Parameters,
+        *,
+        optimizer: AdamW | None = None,
+        precision: str = "f32",
+        world: Group | None = None,
+        convolutions: Convolutions | None = None,
+        compiled: bool | None = None,
+    ):
+        if precision not in DTYPES:
+            raise ValueError(f"precision {precision!r}; expected one of {list(DTYPES)}")
+        generator = _ordered("generator", generator, shapes(config)[0])
+        discriminator = _ordered("discriminator", discriminator, shapes(config)[1])
+        self.precision = precision
+        self._config = config
+        self._optimizer = optimizer or AdamW()
+        self._dtype = DTYPES[precision]
+        self._world = world
+        convolutions = convolutions or Convolutions()
+        self._network = training_network(config, convolutions.generator)
+        self._judge = Discriminator(config, convolutions)
+        self._state: State = {
+            **_with_moments("g", generator),
+            **_with_moments("d", discriminator),
+            "counters": first_counters(self._optimizer, precision),
+        }
+        if compiled is None:
+            compiled = mx.default_device().type == mx.DeviceType.gpu
+        self._step = mx.compile(self._both) if compiled else self._both
+
+    def __call__(self, batch: Batch, draws: Draws) -> dict[str, mx.array]:
+        """Update both networks.
+
+        Args:
+            batch: of ``dataset.TrainingSet``.
+            draws: of ``forward.draw``.
+
+        Returns:
+            Float32 scalars, not yet evaluated: ``loss_d``, ``loss_g`` (the weighted sum)
+            and its unweighted parts ``loss_adv``, ``loss_fm``, ``loss_mel``, ``loss_kl``;
+            ``grad_norm_d``, ``grad_norm_g``. Evaluate them together with ``state``.
+        """
+        self._state, losses = self._step(self._state, step_inputs(batch, draws))
+        return losses
+
+    @property
+    def state(self) -> dict[str, mx.array]:
+        """Everything that the next step depends on, flat.
+
+        Keys: ``g.NAME`` and ``d.NAME`` (parameters), ``g_mean.``, ``g_square.``,
+        ``d_mean.``, ``d_square.`` (moments) and ``counters.``.
+        """
+        return {
+            f"{part}.{name}": value
+            for part, values in self._state.items()
+            for name, value in values.items()
+        }
+
+    @state.setter
+    def state(self, flat: Mapping[str, mx.array]) -> None:
+        own = self.state
+        require_same(
+            "state",
+            {k: (v.shape, v.dtype) for k, v in flat.items()},
+            {k: (v.shape, v.dtype) for k, v in own.items()},
+        )
+        self._state = {
+            part: {name: mx.array(flat[f"{part}.{name}"]) for name in values}
+            for part, values in self._state.items()
+        }
+
+    @property
+    def generator(self) -> Parameters:
+        """The generator's parameters now."""
+        return dict(self._state["g"])
+
+    @property
+    def discriminator(self) -> Parameters:
+        """The discriminator's parameters now."""
+        return dict(self._state["d"])
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the next step."""
+        return float(np.array(self._state["counters"]["learning_rate"]))
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        counters = {**self._state["counters"], "learning_rate": mx.array(value)}
+        self._state["counters"] = counters
+
+    def _both(
+        self, state: State, x: dict[str, mx.array]
+    ) -> tuple[State, dict[str, mx.array]]:
+        """The whole step as a pure function."""
+        config, counters = self._config, state["counters"]
+        segment = config.segment_frames
+        wave = x["wave"].reshape(*x["phone"].shape[:2], config.hop)
+        real = segments(wave, x["starts"], segment).flatten(1)
+        target = log_mel(segments(x["spec"], x["starts"], segment), config)
+
+        def loss(parameters: Parameters) -> tuple[mx.array, Any, Any]:
+            bind(self._network, self._weights(parameters))
+            made = generate(self._network, x, config, self._dtype)
+            new, losses = self._update_discriminator(
+                state, real, mx.stop_gradient(made.audio)
+            )
+            losses |= self._generator_losses(new["d"], real, target, made)
+            return losses["loss_g"] * counters["scale"], losses, new
+
+        (_, losses, new), gradients = mx.value_and_grad(loss)(state["g"])
+        step, norm = self._update("g", state, gradients)
+        new = {**new, **step, "counters": {**new["counters"], **step["counters"]}}
+        finite = mx.isfinite(norm) & mx.isfinite(losses["grad_norm_d"])
+        new["counters"] |= {"learning_rate": counters["learning_rate"]}
+        new["counters"] |= next_scale(counters, finite, self.precision)
+        return new, losses | {"grad_norm_g": norm}
+
+    def _weights(self, parameters: Parameters) -> Parameters:
+        """Plain weights in the layers' precision, the harmonic source in float32."""
+        return {
+            name: value
+            if name.startswith("dec.m_source.")
+            else value.astype(self._dtype)
+            for name, value in folded(parameters).items()
+        }
+
+    def _judged(self, audio: mx.array) -> list[list[mx.array]]:
+        return self._judge(audio.astype(self._dtype))
+
+    def _update_discriminator(
+        self, state: State, real: mx.array, fake: mx.array
+    ) -> tuple[State, dict[str, mx.array]]:
+        """One update; real and generated audio are judged as one batch."""
+
+        def loss(parameters: Parameters) -> tuple[mx.array, mx.array]:
+            bind(self._judge, self._weights(parameters))
+            judged = self._judged(mx.concatenate([real, fake]))
+            outputs = [mx.split(maps[-1], 2) for maps in judged]
+            value = discriminator_loss(
+                [[of_real] for of_real, _ in outputs],
+                [[of_fake] for _, of_fake in outputs],
+            )
+            return value * state["counters"]["scale"], value
+
+        (_, value), gradients = mx.value_and_grad(loss)(state["d"])
+        new, norm = self._update("d", state, gradients)
+        return new, {"loss_d": value, "grad_norm_d": norm}
+
+    def _generator_losses(
+        self, judge: Parameters, real: mx.array, target: mx.array, made: Pass
+    ) -> dict[str, mx.array]:
+        """All of the generator's losses, against the updated discriminator."""
+        config = self._config
+        bind(self._judge, self._weights(judge))
+        # Real audio is judged apart: its half needs no way back.
+        real_maps, fake_maps = self._judged(real), self._judged(made.audio)
+        mel = log_mel(spectrogram(made.audio, config), config)
+        losses = {
+            "loss_adv": adversarial_loss(fake_maps),
+            "loss_fm": feature_loss(real_maps, fake_maps),
+            "loss_mel": mel_loss(target, mel),
+            "loss_kl": kl_loss(made.z_p, made.logs_q, made.m_p, made.logs_p, made.mask),
+        }
+        share = frame_share(mx.sum(made.mask), self._world)
+        total = losses["loss_adv"] + losses["loss_fm"]
+        total = total + config.mel_weight * losses["loss_mel"]
+        total = total + config.kl_weight * losses["loss_kl"] * share
+        return losses | {"loss_g": total}
+
+    def _update(
+        self, part: str, state: State, gradients: Parameters
+    ) -> tuple[State, mx.array]:
+        """New parameters, moments and count of one network, and its gradient's norm."""
+        gradients = mean_gradients(gradients, self._world)
+        counters = state["counters"]
+        scale = counters["scale"]
+        gradients = {name: value / scale for name, value in gradients.items()}
+        norm = norm_of(gradients)
+        finite = mx.isfinite(norm)
+        count = counters[f"{part}_steps"] + finite.astype(mx.int32)
+        parameters, mean, square = update(
+            self._optimizer,
+            (state[part], state[f"{part}_mean"], state[f"{part}_square"]),
+            gradients,
+            counters["learning_rate"],
+            count,
+            finite,
+        )
+        return {
+            part: parameters,
+            f"{part}_mean": mean,
+            f"{part}_square": square,
+            "counters": {f"{part}_steps": count},
+        }, norm
+
+
+def _ordered(what: str, given: Parameters, wanted: Mapping) -> Parameters:
+    """The parameters in one order: sums over them round alike in every run."""
+    require_same(what, {name: value.shape for name, value in given.items()}, wanted)
+    return {name: given[name] for name in wanted}
+
+
+def _with_moments(part: str, parameters: Parameters) -> State:
+    mean, square = moments(parameters)
+    return {part: dict(parameters), f"{part}_mean": mean, f"{part}_square": square}
