@@ -34,6 +34,8 @@ class ContentVecConfig:
         pos_conv_kernel: taps of the positional convolution (even).
         pos_conv_groups: its groups.
         final_proj_size: width of ``final_proj``, 0 when the file has none.
+        bottleneck_size: width of v2 features when a narrow layer follows the last
+            layer, 0 in public encoders, which have none.
     """
 
     conv_dim: int = 512
@@ -44,6 +46,7 @@ class ContentVecConfig:
     pos_conv_kernel: int = 128
     pos_conv_groups: int = 16
     final_proj_size: int = 256
+    bottleneck_size: int = 0
 
     @classmethod
     def from_tensors(
@@ -63,6 +66,7 @@ class ContentVecConfig:
         }
         dense = tensors["encoder.layers.0.feed_forward.intermediate_dense.weight"]
         projection = tensors.get("final_proj.weight")
+        bottleneck = tensors.get("bottleneck.weight")
         return cls(
             conv_dim=tensors["feature_extractor.conv_layers.0.conv.weight"].shape[0],
             hidden_size=hidden,
@@ -72,11 +76,14 @@ class ContentVecConfig:
             pos_conv_kernel=kernel,
             pos_conv_groups=hidden // group_width,
             final_proj_size=0 if projection is None else projection.shape[0],
+            bottleneck_size=0 if bottleneck is None else bottleneck.shape[0],
         )
 
     def feature_size(self, version: str) -> int:
         """Width of the features for a voice of ``version``, 0 if there are none."""
-        return self.final_proj_size if version == "v1" else self.hidden_size
+        if version == "v1":
+            return self.final_proj_size
+        return self.bottleneck_size or self.hidden_size
 
 
 class TimeNorm(nn.Module):
@@ -248,6 +255,8 @@ class ContentVec(nn.Module):
         self.encoder = Encoder(config)
         if config.final_proj_size:
             self.final_proj = nn.Linear(config.hidden_size, config.final_proj_size)
+        if config.bottleneck_size:
+            self.bottleneck = nn.Linear(config.hidden_size, config.bottleneck_size)
 
     def hidden_state(self, audio: mx.array, num_layers: int) -> mx.array:
         """Audio ``[B, L]`` float32 to the output ``[B, F, C]`` of a layer (0 = input)."""
@@ -262,12 +271,13 @@ class ContentVec(nn.Module):
             version: ``"v1"`` or ``"v2"``.
 
         Returns:
-            ``[B, F, final_proj_size | hidden_size]``, ``F = (L - 400) // 320 + 1``.
+            ``[B, F, feature_size(version)]``, ``F = (L - 400) // 320 + 1``.
         """
         if version == "v1":
             depth = self.config.num_layers * 3 // 4
             return self.final_proj(self.hidden_state(audio, depth))
-        return self.hidden_state(audio, self.config.num_layers)
+        x = self.hidden_state(audio, self.config.num_layers)
+        return self.bottleneck(x) if self.config.bottleneck_size else x
 
 
 # fairseq's names to transformers', in the order in which they are tried.

@@ -1,0 +1,238 @@
+"""The content encoder's training: phones, two throats, no speaker.
+
+Three losses on the narrow features: cross entropy of the phones through one linear
+layer; two views of a clip in different throats and rooms must give the same features;
+a classifier of the speaker, through a gradient reversal, must fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from recipes.augment import FIRST_SAMPLE, augment, source_length
+from recipes.corpus import Shard
+from recipes.draws import CONTENT, Draws, Strength, draw
+from recipes.optimisation import Batch, HostBatch, Losses
+from recipes.phones import PHONES, UNKNOWN, frame_labels
+from recipes.running import on_device, random_key
+from rvc_mlx.models.contentvec import (
+    HOP_LENGTH,
+    RECEPTIVE_FIELD,
+    ContentVec,
+    ContentVecConfig,
+)
+
+# 13.6 million parameters.
+CONFIG = ContentVecConfig(
+    conv_dim=320,
+    hidden_size=384,
+    num_layers=6,
+    num_heads=6,
+    intermediate_size=1536,
+    pos_conv_kernel=128,
+    pos_conv_groups=16,
+    final_proj_size=0,
+    bottleneck_size=64,
+)
+
+
+class ContentTrainer(nn.Module):
+    """The encoder, and what is only there to train it."""
+
+    def __init__(self, config: ContentVecConfig, speakers: int):
+        super().__init__()
+        width = config.bottleneck_size
+        self.encoder = ContentVec(config)
+        self.head = nn.Linear(width, len(PHONES))
+        self.adversary = [nn.Linear(2 * width, 256), nn.Linear(256, speakers)]
+
+    def speaker_logits(self, features: mx.array, strength: mx.array) -> mx.array:
+        """Speaker ``[B, speakers]`` from mean and spread over time, gradient reversed."""
+        mean = features.mean(axis=1)
+        spread = mx.sqrt(mx.square(features - mean[:, None]).mean(axis=1) + 1e-4)
+        x = mx.concatenate([mean, spread], axis=-1)
+        x = mx.stop_gradient((1 + strength) * x) - strength * x
+        return self.adversary[1](nn.relu(self.adversary[0](x)))
+
+
+@dataclass(frozen=True)
+class ContentWeights:
+    """Factors of the losses besides the cross entropy's 1.
+
+    Attributes:
+        pair: difference of the two views' features.
+        speaker: strength of the reversed gradient.
+    """
+
+    pair: float = 1.0
+    speaker: float = 0.3
+
+
+def frame_centres(frames: int) -> np.ndarray:
+    """Sample at the centre of each frame's receptive field."""
+    return np.arange(frames) * HOP_LENGTH + (RECEPTIVE_FIELD - 1) / 2
+
+
+class ContentBatches:
+    """Batches of two views of random clips, a pure function of the step's number.
+
+    Args:
+        shards: the corpus, decoded.
+        batch_size: clips.
+        frames: of each view, 50 per second.
+        seed: of everything.
+        strength: of the augmentation.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        batch_size: int,
+        frames: int,
+        seed: int,
+        strength: Strength = CONTENT,
+    ):
+        self.speakers = sorted({shard.speaker for shard in shards})
+        self._shards = list(shards)
+        lengths = np.array([len(shard.samples) for shard in shards], np.float64)
+        # Shards of short speakers are drawn more often than their share of the time.
+        self._odds = np.sqrt(lengths) / np.sqrt(lengths).sum()
+        self._size, self._frames, self._seed = batch_size, frames, seed
+        self._length = (frames - 1) * HOP_LENGTH + RECEPTIVE_FIELD
+        self._strength = strength
+
+    def __call__(self, step: int) -> HostBatch:
+        """The batch of a step: per view a and b its audio, labels and its partner frame."""
+        rng = np.random.default_rng([self._seed, step])
+        B, L = self._size, self._length
+        span = source_length(L)
+        chosen = rng.choice(len(self._shards), B, p=self._odds)
+        starts = [
+            int(rng.integers(0, max(len(self._shards[i].samples) - span, 1)))
+            for i in chosen
+        ]
+        source = np.zeros((B, span), np.int16)
+        for row, i, start in zip(source, chosen, starts, strict=True):
+            part = self._shards[i].samples[start : start + span]
+            row[: len(part)] = part
+        views = [draw(rng, B, L, self._strength) for _ in range(2)]
+        batch = {"source": source}
+        for name, view, other in zip("ab", views, views[::-1], strict=True):
+            batch |= {f"{name}.{k}": v for k, v in view.arrays().items()}
+            labels = [
+                self._labels(self._shards[i], start + FIRST_SAMPLE, rate)
+                for i, start, rate in zip(chosen, starts, view.rate, strict=True)
+            ]
+            batch[f"labels_{name}"] = np.stack(labels).astype(np.int32)
+            batch[f"key_{name}"] = random_key(rng)
+            if name == "a":
+                batch["partner"] = self.partners(view, other)
+        speaker = [self.speakers.index(self._shards[i].speaker) for i in chosen]
+        batch["speaker"] = np.array(speaker, np.int32)
+        return batch
+
+    def _labels(self, shard: Shard, first: float, rate: float) -> np.ndarray:
+        times = first + rate * frame_centres(self._frames)
+        return frame_labels(shard.classes, shard.ends, times)
+
+    def partners(self, a: Draws, b: Draws) -> np.ndarray:
+        """Where in view b each frame of view a is heard.
+
+        Returns:
+            ``[B, F]`` float32 frames of b, -1 where b is over by then.
+        """
+        centres = frame_centres(self._frames)
+        moments = (a.rate / b.rate)[:, None] * centres
+        places = (moments - centres[0]) / HOP_LENGTH
+        heard = (places >= 0) & (places < self._frames - 1)
+        return np.where(heard, places, -1).astype(np.float32)
+
+
+def views(batch: Batch, L: int) -> mx.array:
+    """Both views of a batch, ``[2 B, L]``, the first ones first."""
+    made = []
+    source = batch["source"].astype(mx.float32) / 32768
+    for name in "ab":
+        draws = {k[2:]: v for k, v in batch.items() if k.startswith(f"{name}.")}
+        made.append(augment(source, draws, L, batch[f"key_{name}"]))
+    return mx.concatenate(made)
+
+
+def prepare(host: HostBatch, frames: int) -> Batch:
+    """What the compiled step takes: audio in place of the source and its draws."""
+    batch = on_device(host)
+    L = (frames - 1) * HOP_LENGTH + RECEPTIVE_FIELD
+    return {
+        "audio": views(batch, L),
+        "labels": mx.concatenate([batch["labels_a"], batch["labels_b"]]),
+        "partner": batch["partner"],
+        "speaker": batch["speaker"],
+    }
+
+
+def content_loss(weights: ContentWeights):
+    """The loss function of ``Training``."""
+
+    def loss(net: nn.Module, batch: Batch, progress: mx.array) -> Losses:
+        dtype = net.head.weight.dtype
+        features = net.encoder(batch["audio"].astype(dtype))
+        entropy, right = _phone_loss(net.head(features), batch["labels"])
+        features = features.astype(mx.float32)
+        a, b = mx.split(features, 2)
+        pair = pair_distance(a, b, batch["partner"])
+        strength = mx.minimum(1.0, 5 * progress).astype(dtype)
+        logits = net.speaker_logits(features.astype(dtype), strength)
+        speaker = mx.concatenate([batch["speaker"]] * 2)
+        adversary = nn.losses.cross_entropy(
+            logits.astype(mx.float32), speaker, reduction="mean"
+        )
+        total = entropy + weights.pair * pair + weights.speaker * adversary
+        named = (logits.argmax(axis=-1) == speaker).mean()
+        return {
+            "total": total,
+            "phones": entropy,
+            "right": right,
+            "pair": pair,
+            "speaker": adversary,
+            "named": named,
+        }
+
+    return loss
+
+
+def _phone_loss(logits: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
+    known = (labels != UNKNOWN).astype(mx.float32)
+    labels = mx.where(labels == UNKNOWN, 0, labels)
+    entropy = nn.losses.cross_entropy(logits.astype(mx.float32), labels)
+    right = (logits.argmax(axis=-1) == labels) * known
+    count = mx.maximum(known.sum(), 1)
+    return (entropy * known).sum() / count, right.sum() / count
+
+
+def pair_distance(a: mx.array, b: mx.array, partner: mx.array) -> mx.array:
+    """Squared difference of two views as a share of the features' variance.
+
+    Args:
+        a: ``[B, F, C]`` float32.
+        b: as ``a``.
+        partner: ``[B, F]`` place in ``b`` of each frame of ``a``, -1 for none.
+
+    Returns:
+        A number: 0 for equal features, 1 for unrelated ones.
+    """
+    heard = (partner >= 0).astype(mx.float32)[..., None]
+    place = mx.maximum(partner, 0)
+    index = mx.floor(place).astype(mx.int32)[..., None]
+    index = mx.broadcast_to(index, a.shape)
+    part = (place - mx.floor(place))[..., None]
+    there = mx.take_along_axis(b, index, axis=1) * (1 - part)
+    there = there + mx.take_along_axis(b, index + 1, axis=1) * part
+    mean = a.mean(axis=(0, 1), keepdims=True)
+    difference = mx.square(a - there) * heard
+    variance = (mx.square(a - mean) + mx.square(there - mean)) * heard
+    return difference.sum() / (variance.sum() + 1e-6)

@@ -1,0 +1,200 @@
+"""Judge a content encoder: ``python -m recipes.evaluate_content ENCODER CORPUS``.
+
+Phones: share of right frames per speaker, by the classifier that was trained with the
+encoder. Speaker: how often a linear classifier names who speaks from the mean of an
+utterance's features, beside the same on log-mel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from recipes.content_training import frame_centres
+from recipes.corpus import Shard, find_shards, read_shards, speaker_of
+from recipes.phones import UNKNOWN, frame_labels
+from rvc_mlx.loading import read_weights
+from rvc_mlx.models import contentvec
+from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
+from rvc_mlx.models.layers import fold_weight_norm, load_strictly
+from rvc_mlx.spectral import log_mel
+
+log = logging.getLogger("recipes")
+
+_SHORTEST, _LONGEST = 16000, 8 * 16000  # samples of a clip
+Features = Callable[[np.ndarray], np.ndarray]  # [n] at 16 kHz to [F, C]
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Some clips of one speaker: audio, and the classes of the encoder's frames."""
+
+    speaker: str
+    audio: list[np.ndarray]
+    labels: list[np.ndarray]
+
+
+def load_encoder(path: Path) -> ContentVec:
+    """An encoder with its weights, public or trained here."""
+    checkpoint = read_weights(path, "contentvec")
+    tensors = fold_weight_norm(contentvec.sanitize(checkpoint.tensors))
+    encoder = ContentVec(ContentVecConfig.from_tensors(tensors, checkpoint.metadata))
+    load_strictly(encoder, tensors)
+    return encoder
+
+
+def some_clips(shards: Sequence[Shard], count: int) -> Clips:
+    """The first ``count`` clips of one speaker's shards that are long enough."""
+    audio, labels = [], []
+    for shard in shards:
+        start = 0
+        for end in map(int, shard.clips):
+            stop = min(end, start + _LONGEST)
+            if stop - start >= _SHORTEST and len(audio) < count:
+                x = shard.samples[start:stop].astype(np.float32) / 32768
+                frames = (len(x) - 400) // 320 + 1
+                times = start + frame_centres(frames)
+                audio.append(x)
+                labels.append(frame_labels(shard.classes, shard.ends, times))
+            start = end
+    return Clips(shards[0].speaker, audio, labels)
+
+
+def frame_accuracy(
+    classify: Callable[[np.ndarray], np.ndarray], clips: Clips
+) -> tuple[float, float]:
+    """Share of right frames of known class: all, and those that are not silence.
+
+    Args:
+        classify: audio ``[n]`` to classes ``[F]``.
+        clips: of one speaker.
+    """
+    found = np.concatenate([classify(x) for x in clips.audio])
+    truth = np.concatenate(clips.labels)
+    right, known = found == truth, truth != UNKNOWN
+    speech = known & (truth != 0)
+    return float(right[known].mean()), float(right[speech].mean())
+
+
+def speaker_probe(features: Features, speakers: Sequence[Clips]) -> float:
+    """How often a linear classifier of utterance means names the speaker.
+
+    Every second clip trains it, the others count.
+
+    Raises:
+        ValueError: a speaker has fewer than two clips.
+    """
+    for clips in speakers:
+        if len(clips.audio) < 2:
+            raise ValueError(
+                f"{clips.speaker}: {len(clips.audio)} clips of 1 s or more; the speaker "
+                "probe needs 2, leave the speaker out with --speakers"
+            )
+    means = [
+        np.stack([features(x).mean(axis=0) for x in clips.audio]) for clips in speakers
+    ]
+    owner = np.concatenate([np.full(len(m), i) for i, m in enumerate(means)])
+    second = np.concatenate([np.arange(len(m)) % 2 == 1 for m in means])
+    x = np.concatenate(means).astype(np.float64)
+    x = (x - x[~second].mean(axis=0)) / (x[~second].std(axis=0) + 1e-9)
+    weights = logistic_regression(x[~second], owner[~second], len(speakers))
+    named = np.argmax(_with_one(x[second]) @ weights, axis=1)
+    return float((named == owner[second]).mean())
+
+
+def logistic_regression(
+    x: np.ndarray, classes: np.ndarray, count: int, decay: float = 1e-3
+) -> np.ndarray:
+    """Multinomial logistic regression by Adam on the whole set.
+
+    Args:
+        x: ``[N, C]``, standardised.
+        classes: ``[N]`` below ``count``.
+        count: classes.
+        decay: of the squared weights.
+
+    Returns:
+        ``[C + 1, count]``, the last row is the bias.
+    """
+    x = _with_one(x)
+    wanted = np.eye(count)[classes]
+    weights = np.zeros((x.shape[1], count))
+    first, second = np.zeros_like(weights), np.zeros_like(weights)
+    for step in range(1, 801):
+        logits = x @ weights
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        odds /= odds.sum(axis=1, keepdims=True)
+        slope = x.T @ (odds - wanted) / len(x) + decay * weights
+        first = 0.9 * first + 0.1 * slope
+        second = 0.99 * second + 0.01 * slope**2
+        size = 0.05 / (1 - 0.9**step)
+        weights -= size * first / (np.sqrt(second / (1 - 0.99**step)) + 1e-8)
+    return weights
+
+
+def _with_one(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+
+
+def _classifier(encoder: ContentVec, path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    head = mx.load(str(path.with_suffix(".head.safetensors")))
+
+    def classify(audio: np.ndarray) -> np.ndarray:
+        logits = encoder(mx.array(audio)[None])[0] @ head["weight"].T + head["bias"]
+        return np.array(logits.argmax(axis=-1))
+
+    return classify
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print a JSON report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("encoder", type=Path, help=".safetensors with its .head beside")
+    parser.add_argument("corpus", nargs="+", type=Path)
+    parser.add_argument("--speakers", nargs="*", help="only these")
+    parser.add_argument("--clips", type=int, default=40, help="per speaker")
+    parser.add_argument("--report", type=Path, help="write the JSON here too")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    paths = [
+        path
+        for path in find_shards(options.corpus)
+        if not options.speakers or speaker_of(path) in options.speakers
+    ]
+    by_speaker: dict[str, list[Shard]] = {}
+    for shard in read_shards(paths):
+        by_speaker.setdefault(shard.speaker, []).append(shard)
+    speakers = [some_clips(shards, options.clips) for shards in by_speaker.values()]
+    encoder = load_encoder(options.encoder)
+    classify = _classifier(encoder, options.encoder)
+    phones = {}
+    for clips in speakers:
+        everything, speech = frame_accuracy(classify, clips)
+        phones[clips.speaker] = {"all": everything, "speech": speech}
+    report = {
+        "encoder": options.encoder.name,
+        "clips_per_speaker": options.clips,
+        "frame_accuracy": phones,
+        "speaker_named": {
+            "features": speaker_probe(
+                lambda x: np.array(encoder(mx.array(x)[None])[0]), speakers
+            ),
+            "log_mel": speaker_probe(lambda x: log_mel(x, 80), speakers),
+            "chance": 1 / len(speakers),
+        },
+    }
+    text = json.dumps(report, indent=1)
+    log.info(text)
+    if options.report:
+        options.report.write_text(text + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

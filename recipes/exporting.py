@@ -1,0 +1,93 @@
+"""Trained weights to the file that users load: torch layout, half precision, provenance."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from recipes.speakers import PACKAGES, SPEAKERS
+from rvc_mlx.checkpoint import save_checkpoint
+from rvc_mlx.models.layers import to_torch_axes
+from rvc_mlx.version import __version__
+
+PROVENANCE = "provenance.json"  # beside the parts of a corpus
+
+
+def torch_tensors(network: nn.Module) -> dict[str, np.ndarray]:
+    """All parameters and running statistics by name, float32, in torch's layout."""
+    arrays = {
+        name: np.array(value.astype(mx.float32))
+        for name, value in tree_flatten(network.parameters())
+    }
+    for path, module in network.named_modules():
+        name = f"{path}.weight"
+        if (axes := to_torch_axes(module)) and name in arrays:
+            arrays[name] = np.ascontiguousarray(arrays[name].transpose(axes))
+    return arrays
+
+
+def export(
+    path: Path, network: nn.Module, kind: str, metadata: Mapping[str, Any]
+) -> None:
+    """Write float16 weights and their provenance as ``.safetensors``.
+
+    Args:
+        path: target.
+        network: a ``ContentVec`` or ``RMVPE``.
+        kind: ``"contentvec"`` or ``"rmvpe"``.
+        metadata: beside the kind.
+
+    Raises:
+        ValueError: a weight does not fit float16.
+    """
+    tensors = {}
+    for name, value in torch_tensors(network).items():
+        with np.errstate(over="ignore"):
+            half = value.astype(np.float16)
+        if not np.isfinite(half).all():
+            raise ValueError(f"{name}: {np.abs(value).max():.3g} does not fit float16")
+        tensors[name] = half
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = {"kind": kind, "trained_by": f"rvc_mlx {__version__} recipes"}
+    save_checkpoint(path, tensors, {**made, **metadata})
+
+
+def write_provenance(folder: Path, seed: int) -> None:
+    """Write which versions of which packages made a corpus.
+
+    Packages that are not installed are left out, as on a system without ``dpkg``.
+    """
+    told = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *PACKAGES],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    versions = dict(line.split(" ", 1) for line in told.stdout.splitlines())
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"packages": versions, "seed": seed}, indent=1)
+    (folder / PROVENANCE).write_text(text + "\n", "utf-8")
+
+
+def corpus_facts(folders: Sequence[Path], speakers: Sequence[str]) -> dict[str, str]:
+    """What metadata tells about a corpus: speakers, licences and package versions."""
+    packages: dict[str, str] = {}
+    for folder in folders:
+        for path in (folder / PROVENANCE, folder.parent / PROVENANCE):
+            if path.is_file():
+                packages |= json.loads(path.read_text("utf-8"))["packages"]
+    licences = sorted({SPEAKERS[s].licence for s in speakers if s in SPEAKERS})
+    return {
+        "speakers": " ".join(sorted(speakers)),
+        "licences_of_voices": "; ".join(licences),
+        "packages": " ".join(f"{k}={v}" for k, v in sorted(packages.items())),
+        "corpus": "synthesised speech only, no recordings",
+    }

@@ -1,0 +1,224 @@
+"""What both training scripts share: the schedule, the step, its state on disk.
+
+Weights are float32; the network sees a copy in the compute type. The whole state is a
+flat dict of arrays, so a run that is stopped continues as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+HostBatch = dict[str, np.ndarray]
+Batch = dict[str, mx.array]
+Losses = dict[str, mx.array]
+# Network, batch and strength (0 at the start of training, 1 at its end) to losses;
+# "total" is what is minimised.
+LossFunction = Callable[[nn.Module, Batch, mx.array], Losses]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        learning_rate: highest.
+        steps: of the whole training.
+        minutes: of the whole training; the nearer of the two limits counts.
+        warmup: share of the training in which the rate rises.
+        weight_decay: of AdamW.
+        clip: largest norm of the gradient.
+    """
+
+    learning_rate: float
+    steps: int
+    minutes: float = 1e9
+    warmup: float = 0.03
+    weight_decay: float = 0.01
+    clip: float = 1.0
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Share of the training that is done, 0..1."""
+        return min(1.0, max(step / self.steps, seconds / (60 * self.minutes)))
+
+    def rate(self, progress: float) -> float:
+        """Learning rate: linear rise, then half a cosine down to 2 %."""
+        if progress < self.warmup:
+            return self.learning_rate * max(progress / self.warmup, 1e-3)
+        angle = math.pi * (progress - self.warmup) / (1 - self.warmup)
+        return self.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(angle)))
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device works on.
+
+    Attributes:
+        queued: weights, buffers, moments and losses after it, not yet computed.
+        began: ``time.perf_counter()`` at its start.
+    """
+
+    queued: tuple[Any, Any, Any, Losses]
+    began: float
+
+
+class Training:
+    """A network in training.
+
+    Attributes:
+        network: its structure; the arrays that count are in ``weights``.
+        weights: trainable, float32.
+        buffers: the rest (running statistics), float32.
+        moments: AdamW's state.
+        step: steps done.
+        seconds: time spent in them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: LossFunction,
+        schedule: Schedule,
+        dtype: mx.Dtype = mx.float32,
+        compiled: bool = True,
+    ):
+        network.train()
+        self.network = network
+        self.schedule = schedule
+        self.weights = network.trainable_parameters()
+        self.buffers = _rest(network)
+        self.step = 0
+        self.seconds = 0.0
+        self._optimiser = optim.AdamW(
+            schedule.learning_rate,
+            betas=[0.9, 0.98],
+            weight_decay=schedule.weight_decay,
+            bias_correction=True,
+        )
+        self._optimiser.init(self.weights)
+        self.moments = self._optimiser.state
+        self._loss, self._dtype = loss, dtype
+        self._advance = mx.compile(self._pure_step) if compiled else self._pure_step
+
+    def _pure_step(self, weights, buffers, moments, batch, progress):
+        def total(trainable):
+            self.network.update(tree_map(lambda p: p.astype(self._dtype), trainable))
+            self.network.update(buffers)
+            losses = self._loss(self.network, batch, progress)
+            return losses["total"], (losses, _rest(self.network))
+
+        (_, (losses, buffers)), gradients = mx.value_and_grad(total)(weights)
+        gradients, norm = optim.clip_grad_norm(gradients, self.schedule.clip)
+        self._optimiser.state = moments
+        weights = self._optimiser.apply_gradients(gradients, weights)
+        return weights, buffers, self._optimiser.state, {**losses, "norm": norm}
+
+    def launch(self, batch: Batch) -> Launched:
+        """Queue one step; the device works on it while the caller prepares the next."""
+        progress = self.schedule.progress(self.step, self.seconds)
+        moments = dict(self.moments)
+        moments["learning_rate"] = mx.array(self.schedule.rate(progress), mx.float32)
+        queued = self._advance(
+            self.weights, self.buffers, moments, batch, mx.array(progress, mx.float32)
+        )
+        mx.async_eval(queued)
+        return Launched(queued, time.perf_counter())
+
+    def finish(self, launched: Launched) -> dict[str, float]:
+        """Wait for a step and take over its state; its losses as numbers.
+
+        Raises:
+            FloatingPointError: the loss is not finite; the state is the one before.
+        """
+        weights, buffers, moments, losses = launched.queued
+        values = {name: value.item() for name, value in losses.items()}
+        if not math.isfinite(values["total"] + values["norm"]):
+            raise FloatingPointError(f"step {self.step}: the losses are {values}")
+        self.weights, self.buffers, self.moments = weights, buffers, moments
+        self.step += 1
+        self.seconds += time.perf_counter() - launched.began
+        return values
+
+    def advance(self, batch: Batch) -> dict[str, float]:
+        """One step from start to end, see ``finish``."""
+        return self.finish(self.launch(batch))
+
+    @property
+    def done(self) -> bool:
+        """Whether the schedule is at its end."""
+        return self.schedule.progress(self.step, self.seconds) >= 1
+
+    def finished_network(self) -> nn.Module:
+        """The network with the present float32 weights, in evaluation mode."""
+        self.network.update(self.weights)
+        self.network.update(self.buffers)
+        self.network.eval()
+        return self.network
+
+    def save(self, path: Path) -> None:
+        """Write everything, atomically."""
+        trees = {"w": self.weights, "b": self.buffers, "m": self.moments}
+        arrays = {
+            f"{kind}.{name}": value
+            for kind, tree in trees.items()
+            for name, value in tree_flatten(tree)
+        }
+        told = json.dumps({"step": self.step, "seconds": self.seconds})
+        partial = path.with_name(f".{path.stem}.partial.safetensors")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mx.save_safetensors(str(partial), arrays, {"training": told})
+        os.replace(partial, path)
+
+    def load(self, path: Path) -> None:
+        """Continue from what ``save`` wrote.
+
+        Raises:
+            ValueError: it belongs to another network.
+        """
+        arrays, metadata = mx.load(str(path), return_metadata=True)
+        trees: dict[str, Any] = {}
+        for kind, present in (
+            ("w", self.weights),
+            ("b", self.buffers),
+            ("m", self.moments),
+        ):
+            found = {
+                name[2:]: value
+                for name, value in arrays.items()
+                if name.startswith(f"{kind}.")
+            }
+            expected = {name: a.shape for name, a in tree_flatten(present)}
+            if {name: a.shape for name, a in found.items()} != expected:
+                raise ValueError(
+                    f"{path}: made by a network of other sizes; give the options it was "
+                    "trained with, or another folder"
+                )
+            # The order of the leaves is that of the sums over them.
+            ordered = [(name, found[name]) for name in expected]
+            trees[kind] = tree_unflatten(ordered) if ordered else {}
+        self.weights, self.buffers, self.moments = trees["w"], trees["b"], trees["m"]
+        told = json.loads(metadata["training"])
+        self.step, self.seconds = told["step"], told["seconds"]
+
+
+def _rest(network: nn.Module) -> dict:
+    """Parameters that are not trained, as a tree."""
+    trained = {name for name, _ in tree_flatten(network.trainable_parameters())}
+    rest = [
+        (name, value)
+        for name, value in tree_flatten(network.parameters())
+        if name not in trained
+    ]
+    return tree_unflatten(rest) if rest else {}

@@ -1,0 +1,96 @@
+"""Who speaks in the corpus, under which licence, and who is kept for tests.
+
+Bundled weights are trained on voices under permissive licences and on espeak-ng; voices
+under the LGPL or GPL only serve as test speakers that no training has heard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """One voice of the corpus.
+
+    Attributes:
+        name: of its shards.
+        engine: ``"festival"``, ``"russian"``, ``"flite"``, ``"hts"``, ``"espeak"`` or
+            ``"mapped"`` (English by the phones of another language).
+        voice: the engine's name for it, or a variant of espeak-ng.
+        minutes: audio in the corpus.
+        licence: of the voice.
+        package: Debian package that holds it.
+        f0: the voice's own mean in Hz where the engine is told one, else 0.
+        test: never in a training corpus.
+    """
+
+    name: str
+    engine: str
+    voice: str
+    minutes: float
+    licence: str
+    package: str
+    f0: float = 0.0
+    test: bool = False
+
+
+_CMU = "CMU permissive"
+_TRAINING = (
+    Speaker("kal", "festival", "kal_diphone", 130, _CMU, "festvox-kallpc16k", 105),
+    Speaker(
+        "ked", "festival", "ked_diphone", 130, "Edinburgh", "festvox-kdlpc16k", 105
+    ),
+    Speaker("slt_hts", "hts", "0", 100, _CMU, "festvox-us-slt-hts"),
+    Speaker("slt_hts_long", "hts", "0.53", 50, _CMU, "festvox-us-slt-hts"),
+    Speaker("awb", "flite", "awb", 120, _CMU, "flite", 128),
+    Speaker("slt", "flite", "slt", 80, _CMU, "flite", 172),
+    Speaker("rms", "flite", "rms", 100, _CMU, "flite"),
+    Speaker("nsh", "russian", "msu_ru_nsh_clunits", 50, "Festvox", "festvox-ru"),
+)
+
+# Variants that differ from one another and are no robots, whispers or jokes.
+_VARIANTS = (
+    *("f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8"),
+    *("klatt", "klatt2", "klatt3", "klatt4", "klatt6", "Alex", "Alicia", "Andrea"),
+    *("Annie", "Denis", "Diogo", "Gene", "Jacky", "Lee", "Marco", "Michael", "Nguyen"),
+    *("adam", "anika", "aunty", "belinda", "benjamin", "david", "ed", "gustave"),
+    *("linda", "max", "michel", "quincy", "rob", "sandro", "steph", "travis"),
+)
+ESPEAK = tuple(
+    Speaker(f"espeak-{v}", "espeak", v, 10, "GPL-3+", "espeak-ng") for v in _VARIANTS
+)
+ENGLISH = (
+    *("gmw/en-US", "gmw/en-US", "gmw/en-US", "gmw/en", "gmw/en-GB-scotland"),
+    *("gmw/en-029", "gmw/en-GB-x-rp", "gmw/en-GB-x-gbclan", "gmw/en-US-nyc"),
+)
+OTHER_LANGUAGES = (
+    *("gmw/de", "gmw/nl", "gmq/sv", "roa/es", "roa/it", "roa/fr", "roa/pt"),
+    *("zlw/pl", "zlw/cs", "urj/fi", "trk/tr", "poz/id"),
+)
+
+
+def _mapped(name: str, voice: str, licence: str, package: str, f0: float) -> Speaker:
+    return Speaker(name, "mapped", voice, 5, licence, package, f0, test=True)
+
+
+TEST = (
+    _mapped("ph", "czech_ph", "GPL-2+", "festvox-czech-ph", 130),
+    _mapped("krb", "czech_krb", "GPL-3+", "festvox-czech-krb", 250),
+    _mapped("dita", "czech_dita", "GPL-3+", "festvox-czech-dita", 215),
+    _mapped("machac", "czech_machac", "GPL-3+", "festvox-czech-machac", 85),
+    _mapped("lp", "lp_diphone", "GPL-2+", "festvox-italp16k", 200),
+    _mapped("pc", "pc_diphone", "GPL-2+", "festvox-itapc16k", 110),
+    _mapped("lj", "suo_fi_lj_diphone", "LGPL-2+", "festvox-suopuhe-lj", 160),
+    _mapped("mv", "hy_fi_mv_diphone", "LGPL-2+", "festvox-suopuhe-mv", 90),
+    _mapped("nsk", "hindi_NSK_diphone", "GPL-2+", "festvox-hi-nsk", 130),
+)
+TRAINING = _TRAINING + ESPEAK
+SPEAKERS = {speaker.name: speaker for speaker in (*TRAINING, *TEST)}
+
+# Everything that the recipes install; the voices' own packages come with their needs.
+PACKAGES = (
+    *("espeak-ng", "libespeak-ng1", "flite", "festival", "festlex-cmu", "htsengine"),
+    *("festlex-poslex", "festival-czech", "festival-hi", "festlex-ifd"),
+    *sorted({s.package for s in (*_TRAINING, *TEST)} - {"flite"}),
+)

@@ -1,0 +1,130 @@
+"""Train the pitch network: ``python -m recipes.train_pitch CORPUS --work DIR``.
+
+Stops after ``--minutes``; the same command continues. See ``recipes/README.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from recipes import cli
+from recipes.exporting import corpus_facts, export
+from recipes.optimisation import Batch, Training
+from recipes.pitch_training import (
+    CONFIG,
+    PitchBatches,
+    PitchTrainer,
+    pitch_loss,
+    prepare,
+)
+from recipes.running import Watch, prefetch, run, write_history
+from rvc_mlx.models.rmvpe import RMVPEConfig
+from rvc_mlx.pitch import VOICING_THRESHOLD
+
+log = logging.getLogger("recipes")
+
+
+def prepared(batches: PitchBatches, first: int, n_mels: int) -> Iterator[Batch]:
+    """Augmented batches from step ``first`` on; the host part runs ahead."""
+    for batch in prefetch(batches, first):
+        ready = prepare(batch, batches.length, n_mels)
+        mx.async_eval(ready)
+        yield ready
+
+
+def best_threshold(salience: np.ndarray, voiced: np.ndarray) -> float:
+    """The threshold on the strongest class with the fewest voicing errors.
+
+    Args:
+        salience: ``[...]`` strongest class of each frame, 0..1.
+        voiced: truth, the same shape.
+
+    Returns:
+        One of .02, .04 to .9.
+    """
+    candidates = np.linspace(0.02, 0.9, 45)
+    errors = [((salience > t) != voiced).mean() for t in candidates]
+    return float(candidates[int(np.argmin(errors))])
+
+
+def calibrate(training: Training, batches: PitchBatches, count: int = 8) -> float:
+    """Shift the last bias so that RVC's fixed threshold has the fewest voicing errors.
+
+    A constant added to all classes' logits leaves their order; only voicing changes.
+
+    Args:
+        training: its finished network is changed, its weights are not.
+        batches: of a seed that training has not seen.
+        count: batches that are looked at.
+
+    Returns:
+        The threshold that was best before.
+    """
+    network = training.finished_network()
+    n_mels = network.rmvpe.config.n_mels
+    strongest, voiced = [], []
+    for step in range(count):
+        batch = prepare(batches(step), batches.length, n_mels)
+        logits = network.logits(batch["mel"]).max(axis=-1)
+        strongest.append(np.array(mx.sigmoid(logits)))
+        voiced.append(np.array(batch["height"]) == 1)
+    found = best_threshold(np.concatenate(strongest), np.concatenate(voiced))
+    shift = _logit(VOICING_THRESHOLD) - _logit(found)
+    last = network.rmvpe.fc[1]
+    last.bias = last.bias + shift
+    return found
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train, save, calibrate, export."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    cli.add_training_options(parser)
+    parser.add_argument(
+        "--frames", type=int, default=160, help="per clip, 100 a second"
+    )
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON of sizes")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    shards = cli.read_corpus(options.corpus, options.leave_out)
+    batches = PitchBatches(shards, options.batch, options.frames, options.seed)
+    config = RMVPEConfig(**{**vars(CONFIG), **options.config})
+    mx.random.seed(options.seed)
+    training = Training(
+        PitchTrainer(config),
+        pitch_loss,
+        cli.schedule(options, options.learning_rate),
+        compiled=not options.no_compile,
+    )
+    watch = Watch(
+        options.work / "pitch.safetensors", options.minutes, options.log_every
+    )
+    cli.resume(training, watch)
+    history = run(training, prepared(batches, training.step, config.n_mels), watch)
+    speakers = sorted({shard.speaker for shard in shards if len(shard.f0)})
+    facts = corpus_facts(options.corpus, speakers)
+    facts["seed"] = str(options.seed)
+    write_history(options.work / "pitch.jsonl", history, facts)
+    if options.export:
+        unseen = PitchBatches(
+            shards, options.batch, options.frames, options.seed + 10**6
+        )
+        facts["threshold_before_calibration"] = f"{calibrate(training, unseen):.2f}"
+        facts["steps"] = str(training.step)
+        export(options.export, training.network.rmvpe, "rmvpe", facts)
+        log.info(f"wrote {options.export}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,835 @@
+"""The recipes: exact labels, augmentation that keeps them, training that learns.
+
+Tests that need Debian's speech engines are skipped without them, and fail instead when
+``RVC_MLX_REQUIRE_ENGINES`` is set.
+"""
+
+# ruff: noqa: RUF001 - letters of the phonetic alphabet
+
+import ctypes.util
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from recipes import (
+    corpus,
+    evaluate_content,
+    evaluate_pitch,
+    phones,
+    speakers,
+    text,
+    train_content,
+    train_pitch,
+)
+from recipes.augment import (
+    FIRST_SAMPLE,
+    MAX_RATE,
+    augment,
+    log_mel,
+    resample,
+    shape_spectrum,
+    source_length,
+)
+from recipes.content_training import (
+    ContentBatches,
+    ContentTrainer,
+    ContentWeights,
+    content_loss,
+    frame_centres,
+    pair_distance,
+)
+from recipes.content_training import prepare as prepare_content
+from recipes.contours import _KINDS, random_contour
+from recipes.corpus import Clip, Shard, make_clip, read_shard, write_shard
+from recipes.draws import CONTENT, draw, plain
+from recipes.exporting import export, torch_tensors
+from recipes.optimisation import Schedule, Training
+from recipes.pitch_training import (
+    PitchBatches,
+    PitchTrainer,
+    both_directions,
+    f0_at,
+    initialise_gru,
+    pitch_loss,
+    targets,
+    widened,
+)
+from recipes.pitch_training import prepare as prepare_pitch
+from recipes.running import Watch, on_device, run
+from rvc_mlx.loading import read_weights
+from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
+from rvc_mlx.models.layers import load_strictly
+from rvc_mlx.models.rmvpe import GRU, RMVPE, RMVPEConfig
+from rvc_mlx.pitch import decode_salience
+from rvc_mlx.spectral import log_mel as host_log_mel
+
+RATE = 16000
+TINY_CONTENT = ContentVecConfig(
+    conv_dim=16,
+    hidden_size=24,
+    num_layers=1,
+    num_heads=2,
+    intermediate_size=32,
+    pos_conv_kernel=8,
+    pos_conv_groups=2,
+    final_proj_size=0,
+    bottleneck_size=12,
+)
+TINY_PITCH = RMVPEConfig(
+    base_channels=4, levels=2, blocks=1, inter_layers=1, n_mels=32, gru_size=8
+)
+
+
+def engine(*programs: str) -> None:
+    """Skip without the programs, unless they are required."""
+    missing = [
+        name
+        for name in programs
+        if not (shutil.which(name) or ctypes.util.find_library(name))
+    ]
+    if missing:
+        if os.environ.get("RVC_MLX_REQUIRE_ENGINES"):
+            pytest.fail(f"not installed: {', '.join(missing)}")
+        pytest.skip(f"not installed: {', '.join(missing)}")
+
+
+def need_world() -> None:
+    """As ``engine``, for the package pyworld (and the setuptools that it imports)."""
+    names = [n for n in ("pyworld", "pkg_resources") if not importlib.util.find_spec(n)]
+    if names and os.environ.get("RVC_MLX_REQUIRE_ENGINES"):
+        pytest.fail(f"not installed: {', '.join(names)}")
+    if names:
+        pytest.skip(f"not installed: {', '.join(names)}")
+
+
+@pytest.fixture(scope="module")
+def harmonics():
+    """The resynthesis, which needs WORLD."""
+    need_world()
+    from recipes import harmonics
+
+    return harmonics
+
+
+def two_tones(speaker: str = "two", seconds: float = 4.0) -> Shard:
+    """Half seconds of "iy" (a high tone), "aa" (a low one) and silence in turn."""
+    n = int(seconds * RATE)
+    t = np.arange(n) / RATE
+    which = (t / 0.5).astype(int) % 3
+    tones = [np.sin(2 * np.pi * 2500 * t), np.sin(2 * np.pi * 700 * t), 0 * t]
+    samples = 0.3 * np.choose(which, tones)
+    names = ["iy", "aa", "sil"]
+    runs = [
+        (phones.PHONES.index(names[i % 3]), 0.5 * (i + 1))
+        for i in range(int(seconds / 0.5))
+    ]
+    clip = make_clip(samples, runs)
+    return Shard(
+        speaker,
+        (clip.samples * 32767).astype(np.int16),
+        np.array([len(clip.samples)], np.int32),
+        clip.classes,
+        clip.ends,
+        clip.f0,
+        clip.voiced,
+    )
+
+
+def glide(low: float = 120.0, high: float = 360.0, seconds: float = 4.0) -> Shard:
+    """A sawtooth on a glide, its middle third unvoiced noise."""
+    n = int(seconds * RATE)
+    frames = n // corpus.F0_HOP
+    f0 = np.geomspace(low, high, frames)
+    phase = np.cumsum(np.interp(np.arange(n) / corpus.F0_HOP, np.arange(frames), f0))
+    saw = 2 * ((phase / RATE) % 1) - 1
+    voiced = np.ones(frames, bool)
+    voiced[frames // 3 : 2 * frames // 3] = False
+    noise = np.random.default_rng(0).standard_normal(n) * 0.05
+    clip = make_clip(
+        np.where(np.repeat(voiced, corpus.F0_HOP), saw, noise), f0=f0, voiced=voiced
+    )
+    return Shard(
+        "glide",
+        (clip.samples * 32767).astype(np.int16),
+        np.array([n], np.int32),
+        clip.classes,
+        clip.ends,
+        clip.f0,
+        clip.voiced,
+    )
+
+
+# Text and labels
+
+
+def test_sentences_are_reproducible_and_varied():
+    a, b = (text.sentences(50, np.random.default_rng(3)) for _ in range(2))
+    assert a == b
+    assert len(set(a)) == 50
+    assert all(5 <= len(sentence.split()) <= 11 for sentence in a)
+
+
+def test_the_word_list_is_plain():
+    words = text.own_words()
+    assert len(words) > 700
+    assert all(word.isascii() and word.isalpha() for word in words)
+
+
+def test_a_missing_dictionary_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="festlex-cmu"):
+        text.dictionary_words(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "english", "phone"),
+    [
+        ("iː", True, "iy"),
+        ("dʒ", True, "jh"),
+        ("ɑː", True, "aa"),
+        ("a", True, "ae"),
+        ("a", False, "aa"),
+        ("", True, "sil"),
+    ],
+)
+def test_ipa_symbols_have_their_class(symbol, english, phone):
+    assert phones.PHONES[phones.ipa_class(symbol, english)] == phone
+
+
+@pytest.mark.parametrize("symbol", ["ɛ̃", "ʁ", "ɔːɹ", "ʔ", "ʲ"])
+def test_sounds_of_no_class_are_unknown(symbol):
+    assert phones.ipa_class(symbol, english=False) == phones.UNKNOWN
+
+
+def test_an_unknown_phone_of_an_english_voice_is_an_error():
+    with pytest.raises(KeyError):
+        phones.arpabet_class("q9")
+
+
+def test_frame_labels_change_at_the_end_of_a_run():
+    found = phones.frame_labels(
+        [3, 5], [100, 200], np.array([-1, 0, 99.5, 100, 199, 200])
+    )
+    assert found.tolist() == [0, 3, 3, 5, 5, 0]
+
+
+def test_no_copyleft_voice_is_trained_on():
+    for speaker in speakers.TRAINING:
+        assert speaker.engine == "espeak" or "GPL" not in speaker.licence
+    assert {s.name for s in speakers.TEST}.isdisjoint(s.name for s in speakers.TRAINING)
+
+
+# The corpus on disk
+
+
+def test_a_shard_comes_back_in_time_and_with_its_labels(tmp_path, rng):
+    burst = np.zeros(RATE)
+    burst[8000:8080] = rng.standard_normal(80)
+    runs = [(0, 0.5), (30, 1.0)]
+    f0 = np.full(RATE // corpus.F0_HOP, 150.0)
+    voiced = f0 > 0
+    clips = [make_clip(burst, runs, f0, voiced), make_clip(burst, runs, f0, voiced)]
+    seconds = write_shard(tmp_path / "x-00", clips)
+    shard = read_shard(tmp_path / "x-00.npz")
+    assert seconds == 2
+    assert shard.speaker == "x"
+    assert shard.clips.tolist() == [RATE, 2 * RATE]
+    assert shard.ends.tolist() == [8000, 16000, 24000, 32000]
+    assert shard.classes.tolist() == [0, 30, 0, 30]
+    assert len(shard.f0) == 2 * RATE // corpus.F0_HOP
+    energy = np.square(shard.samples.astype(float))
+    for clip in range(2):  # the coder moves nothing
+        part = energy[clip * RATE : (clip + 1) * RATE]
+        centre = (part * np.arange(RATE)).sum() / part.sum()
+        assert abs(centre - 8040) < 16
+
+
+def test_too_few_labels_are_refused():
+    with pytest.raises(ValueError, match="F0 labels"):
+        make_clip(np.zeros(1600), f0=np.ones(5), voiced=np.ones(5, bool))
+
+
+def test_an_empty_shard_or_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no clips"):
+        write_shard(tmp_path / "x-00", [])
+    with pytest.raises(FileNotFoundError, match="make a corpus"):
+        corpus.find_shards([tmp_path])
+
+
+# Augmentation
+
+
+def test_augmenting_with_plain_draws_changes_nothing(rng):
+    L = 4000
+    x = rng.uniform(-0.5, 0.5, (2, source_length(L))).astype(np.float32)
+    y = np.array(
+        augment(mx.array(x), on_device(plain(2, L).arrays()), L, mx.random.key(0))
+    )
+    np.testing.assert_allclose(
+        y, x[:, FIRST_SAMPLE : FIRST_SAMPLE + L], atol=1e-5
+    )  # float32 transforms of 512 points
+
+
+@pytest.mark.parametrize("rate", [2950 / 4096, 1.0, 5735 / 4096])
+def test_resampling_reads_the_source_at_the_promised_places(rate):
+    L = 50000
+    t = np.arange(source_length(L))
+    source = np.sin(2 * np.pi * 440 / RATE * t)[None].astype(np.float32)
+    found = np.array(resample(mx.array(source), mx.array([rate], mx.float32), L))[0]
+    expected = np.sin(2 * np.pi * 440 / RATE * (FIRST_SAMPLE + rate * np.arange(L)))
+    assert np.abs(found - expected).max() < 1e-3  # a Hann window of 32 taps
+
+
+def test_the_formant_shift_moves_the_envelope_and_keeps_the_harmonics():
+    L = 8192
+    t = np.arange(L) / RATE
+    f0 = 125.0  # every fourth bin of 512 points
+    levels = [np.exp(-0.5 * ((f0 * h - 1000) / 150) ** 2) for h in range(1, 60)]
+    voice = sum(
+        a * np.cos(2 * np.pi * f0 * h * t) for h, a in enumerate(levels, start=1)
+    )
+    draws = on_device(plain(1, L).arrays())
+    draws["formant"] = mx.array([1.25])
+    shifted = np.array(shape_spectrum(mx.array(voice[None].astype(np.float32)), draws))
+    before, after = (
+        np.abs(np.fft.rfft(x * np.hanning(L))) for x in (voice, shifted[0])
+    )
+    hertz = np.fft.rfftfreq(L, 1 / RATE)
+    assert abs(hertz[before.argmax()] - 1000) < 10
+    assert 1125 <= hertz[after.argmax()] <= 1375
+    assert (hertz[after.argmax()] / f0) % 1 == pytest.approx(0, abs=0.02)
+
+
+def test_muting_silences_its_stretch_only():
+    L = 3200
+    x = np.full((1, source_length(L)), 0.25, np.float32)
+    draws = on_device(plain(1, L).arrays())
+    draws["mute_from"], draws["mute_to"] = mx.array([1000.0]), mx.array([2000.0])
+    y = np.abs(np.array(augment(mx.array(x), draws, L, mx.random.key(0))))[0]
+    assert y[1200:1800].max() == 0
+    assert y[:500].min() > 0.1
+    assert y[2600:].min() > 0.1
+
+
+def test_the_device_and_the_host_agree_on_the_mel(rng):
+    x = rng.uniform(-0.5, 0.5, 1024 + 160 * 5).astype(np.float32)
+    found = np.array(log_mel(mx.array(x)[None], 32))[0]
+    np.testing.assert_allclose(found, host_log_mel(x, 32), atol=2e-3)
+    assert found.shape == (6, 32)
+
+
+def test_draws_stay_in_their_ranges(rng):
+    draws = draw(rng, 200, 16000, CONTENT)
+    assert CONTENT.rates[0] <= draws.rate.min() < draws.rate.max() <= CONTENT.rates[1]
+    assert CONTENT.rates[1] < MAX_RATE
+    assert 0.05 < (draws.noise == 0).mean() < 0.3
+
+
+# Content
+
+
+def test_labels_follow_the_warp_exactly():
+    """The tone of each augmented frame is the one that its label names."""
+    shard = two_tones()
+    batches = ContentBatches([shard], 3, 40, seed=5)
+    batch = batches(0)
+    for view in "ab":
+        rate = np.array(batch[f"{view}.rate"])
+        labels = np.array(batch[f"labels_{view}"])
+        L = (40 - 1) * 320 + 400
+        heard = np.array(
+            resample(mx.array(batch["source"] / np.float32(32768)), mx.array(rate), L)
+        )
+        for row in range(3):
+            for frame, label in enumerate(labels[row]):
+                window = heard[row, 320 * frame + 160 : 320 * frame + 240]
+                window = window * np.hanning(80)
+                peak = np.abs(np.fft.rfft(window, 2048)).argmax() * RATE / 2048
+                changes = np.abs(np.diff(labels[row, max(frame - 1, 0) : frame + 2]))
+                if changes.any():
+                    continue  # the window may hold two sounds
+                if phones.PHONES[label] == "sil":
+                    assert np.abs(window).max() < 0.02
+                else:
+                    wanted = 2500 if phones.PHONES[label] == "iy" else 700
+                    assert peak == pytest.approx(wanted * rate[row], rel=0.06)
+    assert {"iy", "aa"} <= {phones.PHONES[i] for i in labels.reshape(-1)}
+
+
+def test_partner_frames_hear_the_same_moment():
+    batches = ContentBatches([two_tones()], 4, 50, seed=1)
+    batch = batches(0)
+    a, b = np.array(batch["a.rate"]), np.array(batch["b.rate"])
+    partner = np.array(batch["partner"])
+    centres = frame_centres(50)
+    rows, frames = np.nonzero(partner >= 0)
+    there = centres[0] + 320 * partner[rows, frames]
+    np.testing.assert_allclose(b[rows] * there, a[rows] * centres[frames], atol=0.02)
+    assert (partner >= 0).mean() > 0.5
+
+
+def test_a_batch_depends_on_seed_and_step_only():
+    shards = [two_tones("a"), two_tones("b")]
+    first = ContentBatches(shards, 2, 20, seed=1)(7)
+    again = ContentBatches(shards, 2, 20, seed=1)(7)
+    other = ContentBatches(shards, 2, 20, seed=1)(8)
+    assert all(np.array_equal(first[k], again[k]) for k in first)
+    assert not np.array_equal(first["source"], other["source"])
+
+
+def test_the_pair_distance_is_0_for_equal_and_1_for_unrelated_views(rng):
+    a, b = (mx.array(rng.standard_normal((4, 60, 8)), mx.float32) for _ in range(2))
+    same = mx.array(np.tile(np.arange(59.0), (4, 1)), mx.float32)
+    partner = mx.concatenate([same, mx.full((4, 1), -1.0)], axis=1)
+    assert pair_distance(a, a, partner).item() < 1e-6
+    assert pair_distance(a, b, partner).item() == pytest.approx(1, abs=0.1)
+
+
+def test_the_gradient_of_the_speaker_is_reversed():
+    mx.random.seed(1)
+    net = ContentTrainer(TINY_CONTENT, 2)
+    features = mx.random.normal((2, 5, 12))
+
+    def odds(x, strength):
+        return net.speaker_logits(x, mx.array(strength))[:, 0].sum()
+
+    forward, backward = (mx.grad(odds)(features, s) for s in (-1.0, 0.5))
+    assert mx.abs(forward).max().item() > 0
+    np.testing.assert_allclose(backward, -0.5 * forward, rtol=1e-4, atol=1e-7)
+
+
+def content_training(seed: int = 0, steps: int = 40) -> tuple[Training, ContentBatches]:
+    batches = ContentBatches([two_tones("a"), two_tones("b")], 1, 25, seed=0)
+    mx.random.seed(seed)
+    training = Training(
+        ContentTrainer(TINY_CONTENT, 2),
+        content_loss(ContentWeights()),
+        Schedule(5e-3, steps),
+        compiled=False,
+    )
+    return training, batches
+
+
+def test_the_content_loss_falls(tmp_path):
+    training, batches = content_training(steps=24)
+    made = (prepare_content(batches(i), 25) for i in itertools.count())
+    history = run(training, made, Watch(tmp_path / "c.safetensors", log_every=8))
+    assert history[-1]["phones"] < 0.75 * history[0]["phones"]
+    assert training.done
+
+
+def test_training_continues_bit_for_bit(tmp_path):
+    whole, batches = content_training()
+    made = [prepare_content(batches(i), 25) for i in range(4)]
+    for batch in made:
+        whole.advance(batch)
+    half, _ = content_training()
+    for batch in made[:2]:
+        half.advance(batch)
+    half.save(tmp_path / "half.safetensors")
+    resumed, _ = content_training(seed=9)
+    resumed.load(tmp_path / "half.safetensors")
+    assert resumed.step == 2
+    for batch in made[2:]:
+        resumed.advance(batch)
+    expected = dict(tree_flatten(whole.weights))
+    for name, value in tree_flatten(resumed.weights):
+        assert mx.array_equal(value, expected[name]).item(), name
+
+
+def test_a_checkpoint_of_another_size_is_refused(tmp_path):
+    training, _ = content_training()
+    training.save(tmp_path / "a.safetensors")
+    other = Training(
+        ContentTrainer(TINY_CONTENT, 3),
+        content_loss(ContentWeights()),
+        Schedule(1e-3, 10),
+        compiled=False,
+    )
+    with pytest.raises(ValueError, match="other sizes"):
+        other.load(tmp_path / "a.safetensors")
+
+
+def test_a_broken_batch_stops_the_training_and_keeps_its_state():
+    training, batches = content_training()
+    batch = prepare_content(batches(0), 25)
+    batch["audio"] = batch["audio"] * float("nan")
+    before = dict(tree_flatten(training.weights))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        training.advance(batch)
+    for name, value in tree_flatten(training.weights):
+        assert mx.array_equal(value, before[name]).item()
+
+
+def test_half_precision_keeps_float32_weights():
+    batches = ContentBatches([two_tones("a")], 1, 20, seed=0)
+    mx.random.seed(0)
+    training = Training(
+        ContentTrainer(TINY_CONTENT, 1),
+        content_loss(ContentWeights()),
+        Schedule(1e-3, 10),
+        mx.bfloat16,
+        compiled=False,
+    )
+    training.advance(prepare_content(batches(0), 20))
+    kinds = {value.dtype for _, value in tree_flatten(training.weights)}
+    assert kinds == {mx.float32}
+
+
+def test_an_exported_encoder_loads_as_a_public_one(tmp_path, rng):
+    mx.random.seed(2)
+    net = ContentVec(TINY_CONTENT)
+    net.eval()
+    export(tmp_path / "e.safetensors", net, "contentvec", {"num_heads": 2})
+    loaded = evaluate_content.load_encoder(tmp_path / "e.safetensors")
+    assert loaded.config == TINY_CONTENT
+    audio = mx.array(rng.uniform(-0.3, 0.3, (1, 2000)), mx.float32)
+    found, wanted = np.array(loaded(audio)), np.array(net(audio))
+    assert found.shape == (1, 6, TINY_CONTENT.feature_size("v2"))
+    assert np.abs(found - wanted).max() < 5e-3 * np.abs(wanted).max()  # float16 weights
+
+
+# Pitch
+
+
+def test_targets_decode_to_their_f0():
+    f0 = mx.array([[55.0, 220.0, 1046.5]])
+    salience = np.array(targets(f0, mx.ones((1, 3)), 360))[0]
+    cents = 1200 * np.log2(decode_salience(salience) / np.array(f0)[0])
+    # Nine bins cut a Gaussian that does not sit on a bin a little unevenly.
+    assert np.abs(cents).max() < 1
+
+
+def test_voicing_is_widened_by_two_lower_frames():
+    voiced = np.array([0, 0, 0, 1, 1, 0, 0, 0], bool)
+    np.testing.assert_allclose(
+        widened(voiced), [0, 0.15, 0.4, 1, 1, 0.4, 0.15, 0], rtol=1e-6
+    )
+
+
+def test_f0_follows_the_warp():
+    shard = glide()
+    batches = PitchBatches([shard], 4, 64, seed=2)
+    batch = batches(0)
+    rate = np.array(batch["draw.rate"])
+    f0 = np.array(batch["f0"])
+    slope = np.diff(np.log2(f0), axis=1).mean(axis=1)
+    # The glide climbs log2(3) in 4 s; a frame lasts 10 ms of output, rate * 10 ms of it.
+    np.testing.assert_allclose(slope, rate * np.log2(3) / 400, rtol=2e-2)
+    heard = np.array(
+        resample(
+            mx.array(batch["source"] / np.float32(32768)),
+            mx.array(rate),
+            batches.length,
+        )
+    )
+    height = np.array(batch["height"])
+    checked = 0
+    for row, frame in zip(*np.nonzero(height == 1), strict=True):
+        around = heard[row, 160 * frame : 160 * frame + 1024] * np.hanning(1024)
+        spectrum = np.abs(np.fft.rfft(around, 16384))
+        low, high = (int(f0[row, frame] * k * 16384 / RATE) for k in (0.7, 1.4))
+        peak = (low + spectrum[low:high].argmax()) * RATE / 16384
+        if (height[row, max(frame - 3, 0) : frame + 4] == 1).all():
+            assert abs(1200 * np.log2(peak / f0[row, frame])) < 40
+            checked += 1
+    assert checked > 20
+
+
+def test_f0_is_read_between_its_labels():
+    shard = glide()
+    f0, voiced = f0_at(shard, np.array([0.0, 40.0, 80.0, 32000.0]))
+    assert f0[1] == pytest.approx(np.sqrt(f0[0] * f0[2]), rel=1e-6)
+    assert voiced.tolist() == [True, True, True, False]
+
+
+def test_both_directions_equal_the_layer_of_the_network():
+    mx.random.seed(4)
+    gru = GRU(6, 5)
+    initialise_gru(gru)
+    x = mx.random.normal((3, 9, 6))
+    np.testing.assert_allclose(both_directions(gru, x), gru(x), atol=1e-6)
+
+
+def pitch_training(steps: int) -> tuple[Training, PitchBatches]:
+    batches = PitchBatches([glide()], 2, 16, seed=0)
+    mx.random.seed(0)
+    training = Training(
+        PitchTrainer(TINY_PITCH), pitch_loss, Schedule(2e-2, steps), compiled=False
+    )
+    return training, batches
+
+
+def test_the_pitch_loss_falls_and_the_statistics_move(tmp_path):
+    training, batches = pitch_training(24)
+    made = prepare_pitch(batches(0), batches.length, 32)  # one batch, learnt by heart
+    history = run(
+        training, itertools.repeat(made), Watch(tmp_path / "p.safetensors", log_every=6)
+    )
+    assert history[-1]["total"] < 0.8 * history[0]["total"]
+    mean = training.buffers["rmvpe"]["unet"]["encoder"]["bn"]["running_mean"]
+    assert mean.item() < -1  # log-mels are negative
+
+
+def test_calibration_moves_the_best_threshold_to_the_fixed_one(monkeypatch):
+    training, batches = pitch_training(1)
+    monkeypatch.setattr(train_pitch, "best_threshold", lambda *_: 0.5)
+    before = training.finished_network().rmvpe.fc[1].bias
+    assert train_pitch.calibrate(training, batches, 1) == 0.5
+    moved = training.network.rmvpe.fc[1].bias - before
+    np.testing.assert_allclose(moved, np.log(0.03 / 0.97), rtol=1e-5)
+
+
+def test_the_best_threshold_has_the_fewest_errors():
+    voiced = np.arange(100) >= 40
+    salience = np.where(voiced, 0.7, 0.3)
+    assert 0.3 <= train_pitch.best_threshold(salience, voiced) < 0.7
+
+
+def test_an_exported_pitch_network_loads_as_a_public_one(tmp_path, rng):
+    mx.random.seed(3)
+    net = PitchTrainer(TINY_PITCH).rmvpe
+    net.eval()
+    export(tmp_path / "p.safetensors", net, "rmvpe", {})
+    tensors = read_weights(tmp_path / "p.safetensors", "rmvpe").tensors
+    config = RMVPEConfig.from_tensors(tensors)
+    assert config == TINY_PITCH
+    loaded = RMVPE(config)
+    load_strictly(loaded, tensors)
+    mel = mx.array(rng.standard_normal((1, 8, 32)), mx.float32)
+    np.testing.assert_allclose(loaded(mel), net(mel), atol=2e-3)  # float16 weights
+
+
+def test_weights_beyond_half_precision_are_refused(tmp_path):
+    net = ContentVec(TINY_CONTENT)
+    net.bottleneck.weight = net.bottleneck.weight + 1e6
+    with pytest.raises(ValueError, match=r"bottleneck\.weight.*float16"):
+        export(tmp_path / "x.safetensors", net, "contentvec", {})
+
+
+def test_exported_convolutions_are_in_torch_layout():
+    tensors = torch_tensors(RMVPE(TINY_PITCH))
+    assert tensors["cnn.weight"].shape == (3, 4, 3, 3)
+    assert tensors["unet.decoder.layers.0.conv1.0.weight"].shape == (16, 8, 3, 3)
+
+
+# Judges
+
+
+def test_scores_count_each_kind_of_error():
+    truth = np.array([100.0, 100, 100, 100, 0, 0])
+    found = np.array([100.0, 103.5, 200, 0, 100, 0])
+    scores = evaluate_pitch.score(truth, found)
+    assert scores["rpa"] == pytest.approx(1 / 4)
+    assert scores["vde"] == pytest.approx(2 / 6)
+    assert scores["missed"] == pytest.approx(1 / 4)
+    assert scores["false"] == pytest.approx(1 / 2)
+    assert scores["octave"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("pink", [False, True])
+def test_noise_has_the_level_that_was_asked_for(rng, pink):
+    x = rng.standard_normal(20000).astype(np.float32)
+    noise = evaluate_pitch.add_noise(x, 5.0, rng, pink) - x
+    ratio = 10 * np.log10(np.square(x).mean() / np.square(noise).mean())
+    assert ratio == pytest.approx(5, abs=0.1)
+
+
+def test_the_speaker_probe_finds_a_leak_and_only_a_leak(rng):
+    clips = [
+        evaluate_content.Clips(
+            str(i), [rng.standard_normal(900) for _ in range(30)], []
+        )
+        for i in range(4)
+    ]
+    owner = {id(x): i for i, c in enumerate(clips) for x in c.audio}
+
+    def leaky(x):
+        return np.full((3, 2), owner[id(x)]) + 0.1 * rng.standard_normal((3, 2))
+
+    def clean(x):
+        return rng.standard_normal((3, 2))
+
+    assert evaluate_content.speaker_probe(leaky, clips) > 0.9
+    assert evaluate_content.speaker_probe(clean, clips) < 0.5
+
+
+# Commands
+
+
+def tiny_corpus(folder, shard: Shard, times: int = 1) -> None:
+    clip = Clip(
+        shard.samples / np.float32(32768),
+        shard.classes,
+        shard.ends,
+        shard.f0,
+        shard.voiced,
+    )
+    write_shard(folder / "part-0" / f"{shard.speaker}-00", [clip] * times)
+
+
+def test_the_content_command_trains_resumes_and_exports(tmp_path):
+    tiny_corpus(tmp_path / "c", two_tones("kal"), 2)
+    tiny_corpus(tmp_path / "c", two_tones("awb"), 2)
+    sizes = {k: v for k, v in vars(TINY_CONTENT).items() if k != "final_proj_size"}
+    command = [str(tmp_path / "c"), "--work", str(tmp_path / "w"), "--batch", "1"]
+    command += ["--frames", "16", "--no-compile", "--config", json.dumps(sizes)]
+    train_content.main([*command, "--steps", "2"])
+    out = tmp_path / "e.safetensors"
+    train_content.main([*command, "--steps", "3", "--export", str(out)])
+    metadata = read_weights(out, "contentvec").metadata
+    assert metadata["steps"] == 3
+    assert metadata["speakers"] == "awb kal"
+    assert metadata["licences_of_voices"] == "CMU permissive"
+    report = tmp_path / "report.json"
+    evaluate_content.main([str(out), str(tmp_path / "c"), "--report", str(report)])
+    assert set(json.loads(report.read_text())["frame_accuracy"]) == {"awb", "kal"}
+
+
+def test_the_pitch_command_trains_and_exports(tmp_path):
+    tiny_corpus(tmp_path / "c", glide())
+    out = tmp_path / "p.safetensors"
+    command = [str(tmp_path / "c"), "--work", str(tmp_path / "w"), "--steps", "2"]
+    command += ["--batch", "1", "--frames", "16", "--no-compile"]
+    train_pitch.main(
+        [*command, "--config", json.dumps(vars(TINY_PITCH)), "--export", str(out)]
+    )
+    report = tmp_path / "report.json"
+    evaluate_pitch.main(
+        [
+            *(str(tmp_path / "c"), "--network", str(out), "--snr", "inf"),
+            *("--only-network", "--report", str(report)),
+        ]
+    )
+    assert json.loads(report.read_text())["clips"] == 1
+
+
+def test_a_speaker_to_leave_out_must_exist(tmp_path):
+    tiny_corpus(tmp_path / "c", two_tones("kal"))
+    with pytest.raises(ValueError, match="no such speaker"):
+        train_content.main(
+            [str(tmp_path / "c"), "--work", str(tmp_path), "--leave-out", "nobody"]
+        )
+
+
+# Resynthesis, which needs WORLD
+
+
+def vowel(seconds: float = 1.0) -> np.ndarray:
+    """A buzz of 140 Hz through two resonances."""
+    n = int(seconds * RATE) // corpus.F0_HOP * corpus.F0_HOP
+    t = np.arange(n) / RATE
+    rng = np.random.default_rng(0)
+    buzz = sum(
+        np.cos(2 * np.pi * 140 * h * t)
+        * (
+            1 / (1 + ((140 * h - 600) / 90) ** 2)
+            + 0.4 / (1 + ((140 * h - 1500) / 120) ** 2)
+        )
+        for h in range(1, 50)
+    )
+    return (0.05 * buzz + 1e-4 * rng.standard_normal(n)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_resynthesis_has_the_f0_of_its_contour(harmonics, kind, rng):
+    """Read back from the phase of the lowest harmonic, which no tracker shares."""
+    analysis = harmonics.analyse(vowel())
+    assert analysis.voiced.mean() > 0.8
+    contour = random_contour(analysis, rng, kind)
+    assert len(contour) == len(analysis.f0)
+    assert contour.min() >= 50
+    assert contour.max() <= 1100
+    speech = harmonics.resynthesise(analysis, contour, rng)
+    assert len(speech) == (len(contour) - 1) * corpus.F0_HOP
+    smooth = np.interp(
+        np.arange(len(speech)) / corpus.F0_HOP, np.arange(len(contour)), contour
+    )
+    turns = np.cumsum(smooth) / RATE
+    carrier = speech * np.exp(-2j * np.pi * turns)
+    slow = np.convolve(carrier, np.hanning(2400) / 1200, mode="valid")
+    strong = np.abs(slow) > 0.3 * np.abs(slow).max()
+    drift = np.diff(np.unwrap(np.angle(slow))) * RATE / (2 * np.pi)
+    middle = smooth[1200 : 1200 + len(drift)]
+    cents = 1200 * np.log2(1 + drift / middle)
+    assert np.median(np.abs(cents[strong[1:]])) < 2
+
+
+def test_unvoiced_frames_get_no_harmonics(harmonics, rng):
+    analysis = harmonics.analyse(vowel())
+    silent = harmonics.Analysis(
+        analysis.f0,
+        np.zeros_like(analysis.voiced),
+        analysis.envelope,
+        np.full_like(analysis.aperiodicity, 1e-9),
+    )
+    speech = harmonics.resynthesise(silent, np.full(len(analysis.f0), 200.0), rng)
+    spectrum = np.abs(np.fft.rfft(speech * np.hanning(len(speech))))
+    line = round(200 * len(speech) / RATE)
+    around = np.median(spectrum[line - 40 : line + 40])
+    assert spectrum[line - 1 : line + 2].max() < 8 * around
+
+
+# Engines
+
+
+def vowels_are_louder(clip: Clip) -> bool:
+    """Whether frames labelled as vowels are at least 15 dB above silent ones."""
+    times = np.arange(0, len(clip.samples) - 160, 160)
+    level = [np.square(clip.samples[t : t + 160]).mean() for t in times]
+    labels = phones.frame_labels(clip.classes, clip.ends, times + 80)
+    vowel = np.isin(labels, [phones.PHONES.index(p) for p in ("aa", "iy", "ae", "eh")])
+    decibels = 10 * np.log10(np.array(level) + 1e-10)
+    return decibels[vowel].mean() > decibels[labels == 0].mean() + 15
+
+
+@pytest.mark.parametrize(
+    ("name", "programs"),
+    [
+        ("kal", ("festival",)),
+        ("awb", ("flite",)),
+        ("slt_hts", ("festival", "hts_engine")),
+        ("espeak-f2", ("espeak-ng",)),
+    ],
+)
+def test_engine_labels_fit_the_audio(name, programs, monkeypatch, rng):
+    engine(*programs)
+    from recipes import make_content_corpus
+
+    monkeypatch.setattr(make_content_corpus, "_BLOCK", 2)
+    monkeypatch.setattr(text, "dictionary_words", lambda: ("table", "market", "window"))
+    spoken = make_content_corpus.speak(speakers.SPEAKERS[name], rng)
+    clip = next(spoken)
+    assert len(clip.samples) > RATE
+    assert abs(clip.ends[-1] - len(clip.samples)) < 0.15 * RATE
+    assert vowels_are_louder(clip)
+    if name == "slt_hts":
+        assert clip.voiced.mean() > 0.3
+        assert 80 < np.median(clip.f0) < 350
+
+
+def test_a_missing_engine_names_its_packages(monkeypatch):
+    from recipes import engines
+
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="lists the packages"):
+        engines.flite("hello", "awb")
+
+
+def test_recordings_of_slt_are_at_32_khz(tmp_path, monkeypatch):
+    engine("festival", "hts_engine")
+    from recipes import make_recordings
+
+    monkeypatch.setattr(make_recordings, "_BLOCK", 2)
+    monkeypatch.setattr(text, "dictionary_words", lambda: ("table", "market", "window"))
+    assert make_recordings.record("slt", tmp_path, 0.05, seed=0) > 3
+    import soundfile
+
+    info = soundfile.info(tmp_path / "slt" / "0000.wav")
+    assert (info.samplerate, info.channels) == (32000, 1)
