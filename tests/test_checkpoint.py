@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import types
 import zipfile
@@ -719,3 +720,23 @@ def test_a_damaged_byte_gives_a_result_or_a_clear_error(tmp_path, voice, kind):
         (tmp_path / "bad").write_bytes(bad.tobytes())
         with contextlib.suppress(ValueError):
             read_checkpoint(tmp_path / "bad")
+
+
+FULL_DISK = """
+import resource, sys
+import numpy as np
+from rvc_mlx.checkpoint import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (200000, 200000))
+try:
+    save_checkpoint(sys.argv[1], {"a": np.zeros(1 << 20)}, {})
+except OSError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.npz"])
+def test_a_full_disk_is_told_and_cleaned_up(tmp_path, name):
+    command = [sys.executable, "-c", FULL_DISK, tmp_path / name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout
+    assert list(tmp_path.iterdir()) == []

@@ -208,12 +208,20 @@ def _read_npy(part: np.ndarray, name: str) -> np.ndarray:
 def write_safetensors(
     path: Path, tensors: Mapping[str, np.ndarray], metadata: dict
 ) -> None:
-    """Write arrays and JSON values to a new safetensors file."""
+    """Write arrays and JSON values to a new safetensors file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     texts = {key: json.dumps(value) for key, value in metadata.items()}
     arrays = {name: np.asarray(a, order="C") for name, a in tensors.items()}
-    save_file(arrays, path, metadata=texts or None)
+    try:
+        save_file(arrays, path, metadata=texts or None)
+    except SafetensorError as error:  # a full disk is none of Python's errors there
+        raise OSError(f"{path.parent}: writing weights failed ({error})") from error
 
 
 def write_npz(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict) -> None:
