@@ -266,7 +266,7 @@ def test_default_mode_is_the_reference_but_for_the_ends(
     assert 0 < len(outputs[0]) - shorter <= 0.025 * RATE
     a, b = (output[: shorter - RATE // 10] for output in outputs)
     snr = 20 * np.log10(rms(b) / rms(a - b))
-    record_property("snr_db", snr)
+    record_property("snr_db", float(snr))
     print(f"\ndefault against reference lengths: {snr:.1f} dB")
     # The encoder normalises over time and attends to all of it, so that a few frames
     # more of context change every feature a little.
