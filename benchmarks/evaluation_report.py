@@ -200,7 +200,8 @@ def _draw(axis: Any, panel: Panel, seconds: float) -> Any:
     curves.set(ylim=(40, 640), yscale="log")
     curves.set_yticks([50, 100, 200, 400], ["50", "100", "200", "400"], fontsize=7)
     curves.minorticks_off()
-    curves.legend(loc="upper right", fontsize=7, facecolor="#333333", labelcolor="w")
+    if curves.get_legend_handles_labels()[0]:
+        curves.legend(loc="upper right", fontsize=7, facecolor="#333333", labelcolor="w")
     return curves
 
 
