@@ -42,12 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be of any bytes
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = build_parser().parse_args(_normalized(argv))
-    signal.signal(signal.SIGTERM, _interrupt)
+    stopped = _watch_signals()
     try:
         return arguments.run(arguments)
     except KeyboardInterrupt:
-        print("rvc-mlx: interrupted; nothing half-written was left", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         return 1
     except (
@@ -57,12 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         RuntimeError,  # of OpenVINO or MLX, and what is not implemented
         MemoryError,
     ) as error:
+        if stopped:  # a library has turned the interrupt into an error of its own
+            return _interrupted()
         print(f"rvc-mlx: {_one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, _MisuseError) else 1
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:  # noqa: ARG001
-    raise KeyboardInterrupt
+def _watch_signals() -> list[int]:
+    """Raise KeyboardInterrupt on Ctrl-C and SIGTERM; the list tells which came."""
+    stopped: list[int] = []
+
+    def interrupt(number: int, frame: Any) -> NoReturn:  # noqa: ARG001
+        stopped.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    return stopped
+
+
+def _interrupted() -> int:
+    print("rvc-mlx: interrupted; nothing half-written was left", file=sys.stderr)
+    return 130
 
 
 def _one_line(error: BaseException) -> str:

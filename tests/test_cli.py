@@ -524,10 +524,30 @@ def test_interrupt_leaves_nothing(models, speech, tmp_path, number):
     time.sleep(0.3)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err == "rvc-mlx: interrupted; nothing half-written was left\n"
     assert names(tmp_path) == ["long.wav", "out/old.wav"]
     assert (out / "old.wav").read_bytes() == b"old"
+
+
+def test_interrupt_a_library_turns_into_an_error(
+    models, bundled, tmp_path, monkeypatch, capsys
+):
+    def convert(*arguments, **options):
+        try:
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("the callback failed") from error
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    monkeypatch.setattr("rvc_mlx.pipeline.load", convert)
+    try:
+        words = ["convert", bundled.speech, "-o", tmp_path / "b.wav", *models]
+        assert main([str(word) for word in words]) == 130
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "interrupted" in capsys.readouterr().err
 
 
 # Options by any name ----------------------------------------------------------------
