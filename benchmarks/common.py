@@ -201,8 +201,10 @@ def _commit() -> dict[str, Any]:
         run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return run.stdout.strip() if run.returncode == 0 else None
 
+    if given := os.environ.get("BENCHMARK_COMMIT"):
+        return {"commit": given, "dirty": None}
     if (commit := git("rev-parse", "HEAD")) is None:
-        return {"commit": os.environ.get("BENCHMARK_COMMIT", ""), "dirty": None}
+        return {"commit": "", "dirty": None}
     generated = (":!benchmarks/results", ":!benchmarks/*.md", ":!docs")
     changes = git("status", "--porcelain", "--", ".", *generated)
     return {"commit": commit, "dirty": bool(changes)}
