@@ -201,7 +201,9 @@ def _draw(axis: Any, panel: Panel, seconds: float) -> Any:
     curves.set_yticks([50, 100, 200, 400], ["50", "100", "200", "400"], fontsize=7)
     curves.minorticks_off()
     if curves.get_legend_handles_labels()[0]:
-        curves.legend(loc="upper right", fontsize=7, facecolor="#333333", labelcolor="w")
+        curves.legend(
+            loc="upper right", fontsize=7, facecolor="#333333", labelcolor="w"
+        )
     return curves
 
 
