@@ -5,7 +5,7 @@ import inspect
 import itertools
 import json
 import os
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -579,16 +579,30 @@ def test_two_runs_do_not_share_a_folder(tmp_path, recordings):
 # Disk and permissions -----------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk():
-    """A function after which no file can grow beyond a size, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+SMALL_DISK = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+try:
+    {call}
+except OSError as error:
+    print(error, end="")
+else:
+    raise AssertionError("it fits")
+"""
 
-    def limit(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
 
-    yield limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def error_on_small_disk(size, setup, call):
+    """The message of a call's OSError where no file can grow beyond ``size``.
+
+    In a process of its own: the limit would hold for the output of pytest, too.
+    """
+    code = setup + SMALL_DISK.format(size=size, call=call)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -600,32 +614,37 @@ def small_disk():
     ],
 )
 def test_full_disk_is_one_line_and_leaves_nothing_half_written(
-    tmp_path, rng, small_disk, size, message
+    tmp_path, rng, size, message
 ):
     write(tmp_path / "in/a.wav", voice_like(rng, 0.5))
     write(tmp_path / "in/b.wav", voice_like(rng, 1.0))
     options = PreprocessOptions(cut="whole")
     out, whole = tmp_path / "out", tmp_path / "whole"
     preprocess([tmp_path / "in"], whole, RATE, options, workers=1)
-    small_disk(size)
-    with pytest.raises(OSError, match=message) as raised:
-        preprocess([tmp_path / "in"], out, RATE, options, workers=1)
-    assert "\n" not in str(raised.value)
+    told = error_on_small_disk(
+        size,
+        "from rvc_mlx.training.preprocess import PreprocessOptions, preprocess",
+        f"preprocess([{str(tmp_path / 'in')!r}], {str(out)!r}, {RATE}, {options}, "
+        "workers=1)",
+    )
+    assert re.search(message, told)
+    assert "\n" not in told
     assert not list(out.rglob("*.part"))
     assert [path.name for path in (out / "done").iterdir()] == ["0_0.json"]
-    small_disk(1_000_000)
     preprocess([tmp_path / "in"], out, RATE, options, workers=1)
     assert tree(out) == tree(whole)
 
 
-def test_failed_write_keeps_the_old_file(tmp_path, small_disk):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.npy"
     files.write_array(path, np.arange(9))
     before = path.read_bytes()
-    small_disk(4096)
-    with pytest.raises(OSError, match=r"a\.npy: writing failed \(File too large\)"):
-        files.write_array(path, np.zeros(10_000))
-    small_disk(1 << 20)
+    told = error_on_small_disk(
+        4096,
+        "import pathlib, numpy as np\nfrom rvc_mlx.training import files",
+        f"files.write_array(pathlib.Path({str(path)!r}), np.zeros(10_000))",
+    )
+    assert re.search(r"a\.npy: writing failed \(File too large\)", told)
     assert tree(tmp_path) == {"a.npy": before}
 
 
@@ -1171,7 +1190,7 @@ def test_index_of_a_folder(prepared):
     assert Counter(map(bytes, vectors)) == Counter(map(bytes, rows))
 
 
-def test_index_that_cannot_be_built(tmp_path, rng, small_disk, monkeypatch):
+def test_index_that_cannot_be_built(tmp_path, rng, monkeypatch):
     pytest.importorskip("faiss")
     from rvc_mlx.training.index import build_index
 
@@ -1186,9 +1205,13 @@ def test_index_that_cannot_be_built(tmp_path, rng, small_disk, monkeypatch):
     with pytest.raises(ValueError, match=r"b\.npy: features of shape \(3, 5\)"):
         build_index(tmp_path, path, "v2")
     features = rng.standard_normal((3000, 16))
-    small_disk(10_000)
-    with pytest.raises(OSError, match=r"a\.index: writing failed \(File too large\)"):
-        build_index(features, path, "v2")
+    told = error_on_small_disk(
+        10_000,
+        "import numpy as np\nfrom rvc_mlx.training.index import build_index\n"
+        "features = np.random.default_rng(0).standard_normal((3000, 16))",
+        f"build_index(features, {str(path)!r}, 'v2')",
+    )
+    assert re.search(r"a\.index: writing failed \(File too large\)", told)
     assert not path.exists()
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'rvc-mlx\[train\]'"):
