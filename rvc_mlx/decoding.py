@@ -1,7 +1,8 @@
-"""From features to audio: the latent, then the vocoder in windows of one length.
+"""From features to audio: the latent, then the vocoder in windows.
 
 A window brings the vocoder's receptive field as context on both sides, so the result is
-what decoding the whole segment at once would give, in bounded memory.
+what decoding the whole segment at once would give, in bounded memory. All are as long as
+the engine lets them be, the last one only as long as needed, in the engine's steps.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, to_host
+from rvc_mlx.arrays import Array, array_module, one_ahead, to_host
 from rvc_mlx.loading import Voice
 from rvc_mlx.noise import Noise
 from rvc_mlx.report import Report
@@ -70,10 +71,25 @@ def decode(
     Yields:
         Audio ``[n]`` float32 at the voice's rate, ``(last - first) * U`` samples in all.
     """
+    for audio in one_ahead(_windows(voice, z, f0, speaker, segment, noise, report)):
+        with report.stage("vocoder"):
+            block = to_host(audio)
+        yield block
+
+
+def _windows(
+    voice: Voice,
+    z: Array,
+    f0: np.ndarray | None,
+    speaker: np.ndarray,
+    segment: Segment,
+    noise: Noise,
+    report: Report,
+) -> Iterator[Array]:
+    """Audio ``[n]`` of the windows, where the engine computes it; see ``decode``."""
     U = voice.config.samples_per_frame
     most, step = voice.window - 2 * voice.context, voice.window_step
     oscillator = None if f0 is None else Oscillator(voice, f0, noise, segment.number)
-    begun: Array | None = None
     first = segment.first
     while first < segment.last:
         core = min(most, -(-(segment.last - first) // step) * step)
@@ -87,14 +103,7 @@ def decode(
         with report.stage("vocoder"):
             audio = voice.vocoder.start(*inputs)[0]
             audio = audio[voice.context * U : (voice.context + count) * U]
-            before = None if begun is None else to_host(begun)
-        if before is not None:
-            yield before
-        begun = audio
-    if begun is not None:
-        with report.stage("vocoder"):
-            before = to_host(begun)
-        yield before
+        yield audio
 
 
 def _window(frames: Array, start: int, length: int) -> Array:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, to_host
+from rvc_mlx.arrays import Array, array_module, one_ahead, to_host
 from rvc_mlx.audio import SAMPLE_RATE, high_pass_spool, resample_blocks
 from rvc_mlx.decoding import decode, sample_latent
 from rvc_mlx.loading import Encoder, PitchNet, Voice
@@ -89,7 +89,7 @@ class Job:
                         "the recording is so short that the original gives nothing for "
                         "it; expected 25 ms or more with reference_lengths"
                     )
-            encoded = self._encoded(filtered, segments)
+            encoded = one_ahead(self._encoded(filtered, segments))
             first = next(encoded)  # a device computes it beside the host's part of F0
             with self.report.stage("pitch"):
                 f0 = self._f0(filtered, segments)
@@ -152,18 +152,13 @@ class Job:
         return f0
 
     def _encoded(self, filtered: Spool, segments: Sequence[Segment]) -> Iterator[Array]:
-        """Content features ``[F, C]`` of each segment; the next one is begun before."""
-        begun: Array | None = None
+        """Content features ``[F, C]`` of each segment."""
         for segment in segments:
             start = segment.start - pad_frames(self.options) * FRAME
             audio = filtered.read_reflected(start, start + segment.samples)
             with self.report.stage("content"):
                 features = self.nets.encoder.start(audio, self.voice.config.version)
-            if begun is not None:
-                yield begun
-            begun = features
-        assert begun is not None
-        yield begun
+            yield features
 
     def _convert_segment(
         self, segment: Segment, raw: Array, f0: np.ndarray | None
