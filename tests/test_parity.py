@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -34,7 +36,7 @@ from rvc_mlx.report import Report
 from rvc_mlx.segments import Segment
 from rvc_reference import rmvpe as reference_rmvpe
 from rvc_reference.loading import load_contentvec, load_rmvpe, load_voice
-from rvc_reference.pipeline import ReferencePipeline, prepare, quantize_f0
+from rvc_reference.pipeline import ReferencePipeline, prepare
 
 pytestmark = pytest.mark.slow
 
@@ -178,83 +180,87 @@ def on_engine(engine, fn, *arrays):
     return compiler.bind(seam)(*arrays)
 
 
+@dataclass(frozen=True)
+class Called:
+    """What a method of the reference was given, and what it gave."""
+
+    inputs: tuple
+    result: Any
+
+
+def record(net, *names: str) -> dict[str, Called]:
+    """Calls of a network's methods from now on, the last one of each, by name."""
+    calls = {}
+
+    def recorded(name, method):
+        def call(*inputs):
+            calls[name] = Called(inputs, method(*inputs))
+            return calls[name].result
+
+        return call
+
+    for name in names:
+        setattr(net, name, recorded(name, getattr(net, name)))
+    return calls
+
+
 @pytest.mark.parametrize("name", VOICES)
-def test_voice(engine, nets, clip, padded, contour, test_models, name):
-    """Every stage of one kind of voice, then the whole conversion."""
+def test_voice(engine, nets, clip, contour, test_models, name):
+    """Every stage of one kind of voice as the reference's conversion runs it, and all."""
     path = test_models(f"{name}.pth")
     checkpoint = read_weights(path, "voice")
     voice, theirs = Voice(checkpoint, engine), load_voice(path)
-    sid = 3 if "multi" in name else 0
+    sid, noise = 3 if "multi" in name else 0, Noise(3)
+    stages = record(theirs, "encode_text", "prior", "decode")
+    pipeline = ReferencePipeline(nets[2], nets[3], theirs)
+    whole = pipeline.convert(clip, noise=noise, sid=sid)
+    check_prior(name, engine, checkpoint, voice, stages)
     f0 = contour if voice.config.f0 else None
-    with torch.inference_mode():
-        latent = check_prior(
-            name, checkpoint, voice, theirs, (engine, nets[2]), padded, f0, sid
-        )
-        check_vocoder(name, voice, theirs, nets, latent, f0, sid)
-        check_conversion(name, voice, theirs, nets, clip, sid)
+    check_vocoder(name, voice, stages["decode"], f0, sid, noise)
+    converter = VoiceConverter(voice, nets[0], nets[1])
+    options = ConversionOptions(reference_lengths=True, pitch=0, speaker=sid)
+    ours = converter.convert(clip, 16000, options, noise=noise).audio
+    print(f"\n{name} correlation {np.corrcoef(ours, whole)[0, 1]:.9f}", end="")
+    check(f"{name} conversion", ours, whole, 1e-3, 1e-4)
 
 
-def check_prior(name, checkpoint, voice, theirs, used, padded, f0, sid):
-    """Text encoder and flow; returns the reference's latent."""
-    config, noise = voice.config, Noise(1)
-    engine, encoder = used
-    wave = torch.from_numpy(padded)[None]
-    phone = encoder.extract(wave, config.version).repeat_interleave(2, dim=1)
-    T = min(len(padded) // 160, phone.shape[1])
-    phone = phone[:, :T]
-    coarse = None if f0 is None else torch.from_numpy(quantize_f0(f0[:T]))[None]
-    mean, log_std = theirs.encode_text(phone, coarse)
-    net = Synthesizer(config)
+def check_prior(name, engine, checkpoint, voice, stages):
+    """Text encoder and flow, given what the reference was given."""
+    phone, coarse = stages["encode_text"].inputs
+    net = Synthesizer(voice.config)
     load_strictly(net, sanitize(checkpoint.tensors))
     inputs = [phone.numpy()]
-    inputs += [] if f0 is None else [coarse.numpy().astype(np.int32)]
+    inputs += [] if coarse is None else [coarse.numpy().astype(np.int32)]
     both = on_engine(engine, lambda *a: mx.stack(net.enc_p(*a)), *inputs)
+    mean, log_std, g, draw = stages["prior"].inputs
     check(f"{name} text encoder, mean", both[0], mean, 1e-4, 1e-5)
     check(f"{name} text encoder, log deviation", both[1], log_std, 1e-4, 1e-5)
-    draw = noise.normal("prior", 0, 0, T, 1, config.inter_channels)
-    g = theirs.speaker(sid)
-    z_p = mean + log_std.exp() * torch.from_numpy(draw)[None] * 0.66666
-    latent = theirs.prior(mean, log_std, g, torch.from_numpy(draw)[None])
+    z_p = mean + log_std.exp() * draw * 0.66666
     flow = on_engine(
         engine,
         lambda z, s: net.flow(z, s, reverse=True),
         z_p.numpy(),
         g.numpy()[:, None],
     )
-    check(f"{name} flow", flow, latent, 1e-4, 1e-5)
-    return latent
+    check(f"{name} flow", flow, stages["prior"].result, 1e-4, 1e-5)
 
 
-def check_vocoder(name, voice, theirs, nets, latent, f0, sid):
+def check_vocoder(name, voice, decoded, f0, sid, noise):
     """Windowed decoding against the reference's decoding of the whole segment."""
-    T, U, noise = latent.shape[1], voice.config.samples_per_frame, Noise(2)
-    _, draws = theirs.draw(noise, 0, T)
-    hertz = None if f0 is None else torch.from_numpy(f0[:T].astype(np.float32))[None]
-    g = theirs.speaker(sid)
-    whole = theirs.decode(latent, hertz, g, draws.source, draws.phase, draws.adain)
-    contour = None if f0 is None else f0[:T]
+    latent, hertz = decoded.inputs[:2]
+    T, U = latent.shape[1], voice.config.samples_per_frame
+    if f0 is not None:
+        f0 = f0[:T]
+        np.testing.assert_array_equal(f0.astype(np.float32), hertz[0])
     speaker, kept = voice.speakers[sid][None, None], Segment(0, 0, 0, 100, T - 100)
-    blocks = decode(voice, latent.numpy(), contour, speaker, kept, noise, Report())
-    ours = np.concatenate(list(blocks))
+    blocks = decode(voice, latent.numpy(), f0, speaker, kept, noise, Report())
     check(
         f"{name} vocoder",
-        ours,
-        whole[0].numpy()[100 * U : (T - 100) * U],
+        np.concatenate(list(blocks)),
+        decoded.result[0, 100 * U : (T - 100) * U],
         2e-4,
         2e-5,
     )
-
-
-def check_conversion(name, voice, theirs, nets, clip, sid):
-    """Array to array, both pipelines whole."""
-    converter = VoiceConverter(voice, nets[0], nets[1])
-    options = ConversionOptions(reference_lengths=True, pitch=0, speaker=sid)
-    noise = Noise(3)
-    ours = converter.convert(clip, 16000, options, noise=noise).audio
-    pipeline = ReferencePipeline(nets[2], nets[3], theirs)
-    whole = pipeline.convert(clip, noise=noise, sid=sid)
-    print(f"\n{name} correlation {np.corrcoef(ours, whole)[0, 1]:.9f}", end="")
-    check(f"{name} conversion", ours, whole, 1e-3, 1e-4)
 
 
 def test_conversion_with_index_shift_and_loudness(engine, nets, clip, test_models):
