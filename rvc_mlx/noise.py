@@ -7,10 +7,7 @@ import zlib
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import Array
-
-_BLOCK_FRAMES = 64  # frames drawn by one generator
-_DEVICE_BLOCK_FRAMES = 256  # the same on a device, where a call costs more than numbers
+from rvc_mlx.arrays import Array, array_module
 
 
 class Noise:
@@ -23,15 +20,14 @@ class Noise:
         seed: 0 or more.
     """
 
+    _block_frames = 64  # frames drawn by one generator
+
     def __init__(self, seed: int = 0):
         self.seed = seed
 
     def _seeds(self, name: str, segment: int, block: int) -> np.random.SeedSequence:
         key = (self.seed, zlib.crc32(name.encode()), segment, block)
         return np.random.SeedSequence(key)
-
-    def _generator(self, name: str, segment: int, block: int) -> np.random.Generator:
-        return np.random.Generator(np.random.SFC64(self._seeds(name, segment, block)))
 
     def normal(
         self,
@@ -47,21 +43,26 @@ class Noise:
         Returns:
             ``[(stop - start) * per_frame, channels]`` float32.
         """
-        first = start // _BLOCK_FRAMES
+        size = self._block_frames
+        first = start // size
+        end = max(first + 1, -(-stop // size))  # no frames are a cut of one block, too
         blocks = [
-            self._generator(name, segment, block).standard_normal(
-                (_BLOCK_FRAMES * per_frame, channels), np.float32
-            )
-            for block in range(first, -(-stop // _BLOCK_FRAMES))
+            self._block(self._seeds(name, segment, block), size * per_frame, channels)
+            for block in range(first, end)
         ]
-        if not blocks:
-            return np.zeros((0, channels), np.float32)
-        skip = (start - first * _BLOCK_FRAMES) * per_frame
-        return np.concatenate(blocks)[skip : skip + (stop - start) * per_frame]
+        skip = (start - first * size) * per_frame
+        joined: Array = array_module(blocks[0]).concatenate(blocks)
+        return joined[skip : skip + (stop - start) * per_frame]
+
+    def _block(self, seeds: np.random.SeedSequence, rows: int, channels: int) -> Array:
+        """Standard normal values ``[rows, channels]`` float32."""
+        generator = np.random.Generator(np.random.SFC64(seeds))
+        return generator.standard_normal((rows, channels), np.float32)
 
     def uniform(self, name: str, segment: int, count: int) -> np.ndarray:
         """Values ``[count]`` float32 in 0..1."""
-        return self._generator(name, segment, 0).random(count, np.float32)
+        generator = np.random.Generator(np.random.SFC64(self._seeds(name, segment, 0)))
+        return generator.random(count, np.float32)
 
 
 class DeviceNoise(Noise):
@@ -70,26 +71,8 @@ class DeviceNoise(Noise):
     They are other numbers than those of ``Noise`` with the same seed.
     """
 
-    def normal(
-        self,
-        name: str,
-        segment: int,
-        start: int,
-        stop: int,
-        per_frame: int,
-        channels: int,
-    ) -> mx.array:
-        """As ``Noise.normal``, on the device."""
-        size = _DEVICE_BLOCK_FRAMES
-        first = start // size
-        blocks = [
-            mx.random.normal(
-                (size * per_frame, channels),
-                key=mx.array(self._seeds(name, segment, block).generate_state(2)),
-            )
-            for block in range(first, -(-stop // size))
-        ]
-        if not blocks:
-            return mx.zeros((0, channels))
-        skip = (start - first * size) * per_frame
-        return mx.concatenate(blocks)[skip : skip + (stop - start) * per_frame]
+    _block_frames = 256  # a call costs more than numbers
+
+    def _block(self, seeds: np.random.SeedSequence, rows: int, channels: int) -> Array:
+        key = mx.array(seeds.generate_state(2))
+        return mx.random.normal((rows, channels), key=key)
