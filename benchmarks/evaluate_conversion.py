@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from judging import Case, Judge, Recording
 
 from rvc_mlx.audio_io import AudioReader
 from rvc_mlx.checkpoint import hash_file
+from rvc_mlx.machine import processors
 
 
 def _add_targets(made: argparse.ArgumentParser) -> None:
@@ -83,9 +83,7 @@ def _add_judging(made: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--judges", default="all", help=f"all, or some of {','.join(JUDGES)}"
     )
-    group.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes"
-    )
+    group.add_argument("--workers", type=int, default=processors(), help="processes")
     group.add_argument("--label", default="conversion", help="name of the results")
     group.add_argument(
         "--output", type=Path, default=common.RESULTS / "evaluation", metavar="DIR"

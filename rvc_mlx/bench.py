@@ -27,6 +27,7 @@ from rvc_mlx.audio_io import load_audio, save_audio
 from rvc_mlx.engine import choose_engine, gpu_available
 from rvc_mlx.inspection import BUNDLED
 from rvc_mlx.loading import Encoder, Engine, PitchNet, Voice, find_weights, read_weights
+from rvc_mlx.machine import processors
 from rvc_mlx.pipeline import VoiceConverter
 from rvc_mlx.report import Report
 from rvc_mlx.retrieval import read_index
@@ -108,20 +109,13 @@ def environment() -> dict[str, Any]:
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cores": _usable_cores(),
+        "cores": processors(),
         "memory_gib": round(pages / 2**30),
         "gpu": gpu.get("device_name", "none"),
         "python": platform.python_version(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),
         "versions": versions,
     }
-
-
-def _usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu_name() -> str:

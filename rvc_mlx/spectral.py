@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -10,6 +9,7 @@ import numpy as np
 import scipy.fft
 
 from rvc_mlx.audio import SAMPLE_RATE
+from rvc_mlx.machine import processors
 
 N_FFT = 1024  # samples, also the window length
 HOP_LENGTH = 160  # samples: 100 frames per second
@@ -17,7 +17,7 @@ F_MIN, F_MAX = 30.0, 8000.0  # Hz, range of the mel bands
 LOG_FLOOR = 1e-5  # smallest mel magnitude before the logarithm
 
 _FRAMES_PER_BLOCK = 256  # frames transformed at once: 2 MiB of windows
-_THREADS = min(8, os.cpu_count() or 1)
+_MOST_THREADS = 8
 
 
 @cache
@@ -101,6 +101,7 @@ def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
     if len(starts) == 1:
         transform(0)
     else:
-        with ThreadPoolExecutor(min(_THREADS, len(starts))) as pool:
+        threads = min(_MOST_THREADS, processors(), len(starts))
+        with ThreadPoolExecutor(threads) as pool:
             list(pool.map(transform, starts))
     return mel

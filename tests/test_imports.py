@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rvc_mlx"
 # A module imports only from those before it.
 ORDER = [
-    *("version", "arrays", "spool", "audio", "ffmpeg_decoders", "decoders"),
+    *("version", "arrays", "machine", "spool", "audio", "ffmpeg_decoders", "decoders"),
     *("output_format", "audio_io", "loudness", "spectral"),
     *("formats", "checkpoint", "download"),
     *(

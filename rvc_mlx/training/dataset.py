@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rvc_mlx.machine import processors
 from rvc_mlx.training.clips import ClipArrays, count_frames, load_clip
 from rvc_mlx.training.filelist import Entry, read_filelist
-from rvc_mlx.training.files import processors
 from rvc_mlx.training.preprocess import FILELIST
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
+from rvc_mlx.machine import processors
 from rvc_mlx.training.cutting import PreprocessOptions, prepare_recording
 from rvc_mlx.training.data_report import (
     REPORT_JSON,
@@ -43,7 +44,6 @@ from rvc_mlx.training.files import (
     Progress,
     locked,
     make_folders,
-    processors,
     read_json,
     remove_parts,
     write_json,
