@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from rvc_mlx.arrays import Array
 from rvc_mlx.models.nsf_hifigan import MRFGenerator, NSFGenerator
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.models.vits import PosteriorEncoder
@@ -23,8 +24,6 @@ from rvc_mlx.training.presets import TrainingConfig
 
 if TYPE_CHECKING:
     from rvc_mlx.training.dataset import Batch
-
-Array = np.ndarray | mx.array
 
 
 def training_network(
