@@ -6,6 +6,7 @@ turns a seam into a callable of numpy arrays; numpy becomes ``mx.array`` only he
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -311,6 +312,7 @@ def _prune(folder: Path) -> None:
             file.unlink(missing_ok=True)
 
 
+@functools.cache
 def _source_hash() -> str:
     """Hash of the code that decides what a compiled model computes."""
     here = Path(__file__).parent
