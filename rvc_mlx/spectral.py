@@ -26,6 +26,25 @@ def hann_window(n: int) -> np.ndarray:
     return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n) / n)
 
 
+def triangles(edges: np.ndarray, sample_rate: int, n_fft: int) -> np.ndarray:
+    """Triangular filters of unit area, each from one edge to the next but one.
+
+    Args:
+        edges: ``[bands + 2]`` float64 in Hz, rising.
+        sample_rate: Hz.
+        n_fft: samples of the transform.
+
+    Returns:
+        ``[n_fft // 2 + 1, bands]`` float32, to be applied to magnitudes.
+    """
+    ramps = edges[:, None] - np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
+    width = np.diff(edges)[:, None]
+    rising, falling = -ramps[:-2] / width[:-1], ramps[2:] / width[1:]
+    area = 2 / (edges[2:] - edges[:-2])[:, None]
+    weights = np.maximum(0, np.minimum(rising, falling)) * area
+    return np.ascontiguousarray(weights.T.astype(np.float32))
+
+
 @cache
 def mel_filters(n_mels: int) -> np.ndarray:
     """Triangular mel filters, HTK frequency scale, each of unit area ("slaney" norm).
@@ -37,14 +56,7 @@ def mel_filters(n_mels: int) -> np.ndarray:
     """
     low, high = 2595 * np.log10(1 + np.array([F_MIN, F_MAX]) / 700)
     edges = 700 * (10 ** (np.linspace(low, high, n_mels + 2) / 2595) - 1)
-    bins = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
-    width = np.diff(edges)
-    ramps = edges[:, None] - bins
-    rising = -ramps[:-2] / width[:-1, None]
-    falling = ramps[2:] / width[1:, None]
-    area = 2 / (edges[2:] - edges[:-2])
-    weights = np.maximum(0, np.minimum(rising, falling)) * area[:, None]
-    return np.ascontiguousarray(weights.T.astype(np.float32).astype(np.float64))
+    return triangles(edges, SAMPLE_RATE, N_FFT).astype(np.float64)
 
 
 @cache

@@ -12,7 +12,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.spectral import hann_window
+from rvc_mlx.spectral import hann_window, triangles
 from rvc_mlx.training.presets import TrainingConfig
 
 FEATURE_WEIGHT = 2.0  # of the feature matching loss
@@ -42,11 +42,7 @@ def slaney_filters(
 
     mels = np.linspace(to_mel(fmin), to_mel(fmax or sample_rate / 2), n_mels + 2)
     edges = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * step))
-    ramps = edges[:, None] - np.linspace(0, sample_rate / 2, n_fft // 2 + 1)
-    width = np.diff(edges)[:, None]
-    rising, falling = -ramps[:-2] / width[:-1], ramps[2:] / width[1:]
-    area = 2 / (edges[2:] - edges[:-2])[:, None]
-    return (np.maximum(0, np.minimum(rising, falling)) * area).T.astype(np.float32)
+    return triangles(edges, sample_rate, n_fft)
 
 
 def _window(config: TrainingConfig) -> np.ndarray:
