@@ -135,19 +135,15 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> int:
 
 def main() -> int:
     parser = common.parser(__doc__, runs=3, precisions=("f32",))
+    common.add_sides(parser)
     parser.add_argument("--audio", type=Path, metavar="F", help="default: bundled clip")
     parser.add_argument(
         "--seconds", type=float, default=0, help="repeat or cut to this (default: all)"
     )
-    parser.add_argument("--pt-model", type=Path, metavar="P", help="a voice .pth")
-    parser.add_argument("--mlx-model", type=Path, metavar="M", help="the same for us")
     parser.add_argument(
         "--save-outputs", action="store_true", help="wavs and a picture"
     )
     parser.add_argument("--output-dir", type=Path, metavar="D", help="for these")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--pytorch-only", action="store_true")
-    only.add_argument("--mlx-only", action="store_true")
     return main_for_each(parser, measure)
 
 

@@ -9,7 +9,6 @@ Features, F0 and noise are the same on both sides; drawing the noise is in the t
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import common
@@ -76,15 +75,11 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
 
 def main() -> int:
     parser = common.parser(__doc__)
-    parser.add_argument("--pt-model", type=Path, metavar="P", help="a voice .pth")
-    parser.add_argument("--mlx-model", type=Path, metavar="M", help="the same for us")
+    common.add_sides(parser)
     parser.add_argument(
         "--seconds", type=common.seconds_list, default=[5.0], metavar="LIST"
     )
     parser.add_argument("--no-warmup", action="store_true", help="time the first call")
-    only = parser.add_mutually_exclusive_group()
-    only.add_argument("--pytorch-only", action="store_true")
-    only.add_argument("--mlx-only", action="store_true")
     return main_for_each(parser, measure)
 
 

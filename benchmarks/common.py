@@ -81,6 +81,15 @@ def parser(
     return made
 
 
+def add_sides(parser: argparse.ArgumentParser) -> None:
+    """Add the options that give each side its voice, or leave one out."""
+    parser.add_argument("--pt-model", type=Path, metavar="P", help="a voice .pth")
+    parser.add_argument("--mlx-model", type=Path, metavar="M", help="the same for us")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--pytorch-only", action="store_true")
+    only.add_argument("--mlx-only", action="store_true")
+
+
 def model_file(name: str, folder: Path | None = None) -> Path:
     """A model by its name: of ``folder``, or a random one, made at its first use.
 
