@@ -150,7 +150,9 @@ def _add_run(group: Any) -> None:
            text="minutes between saves of the state")  # fmt: skip
     number("--learning-rate", "-lr", default=1e-4, least=0.0, text="of the first epoch")
     number("--patience", default=0, least=0,
-           text="stop after N epochs without a better score, 0 for never")  # fmt: skip
+           text="stop after N validations without a better score, 0 for never")  # fmt: skip
+    number("--validate-every", default=1, least=1,
+           text="epochs between validations")  # fmt: skip
     number("--hold-out", default=0.02, least=0.0,
            text="share of the recordings kept for validation")  # fmt: skip
     number("--validation-clips", default=8, least=0,

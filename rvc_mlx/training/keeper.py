@@ -67,15 +67,14 @@ class Keeper:
         generator: Parameters,
         discriminator: Parameters,
         progress: Progress,
-        is_voice: bool,
     ) -> None:
         """Keep both networks of an epoch, and its voice.
 
         Args:
             generator: flat parameters.
             discriminator: flat parameters.
-            progress: names the files.
-            is_voice: no epoch is known to be better; this one is the voice for now.
+            progress: names the files; where it knows no best epoch, this one is the
+                voice for now.
 
         Raises:
             OSError: a file cannot be written; what was there is unchanged.
@@ -83,7 +82,7 @@ class Keeper:
         """
         epoch, step = progress.epoch, progress.step
         tensors = to_torch(generator)
-        if is_voice:
+        if progress.best is None:
             self._voice(self._facts.name, tensors, progress)
         if self._only_latest:
             return

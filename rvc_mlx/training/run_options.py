@@ -19,8 +19,9 @@ class RunOptions:
         save_every: epochs between kept voices and checkpoints.
         save_steps: steps between saves of the state; 0 for by the clock only.
         save_minutes: minutes between saves of the state.
-        patience: stop after so many epochs without a better score; 0 for never.
+        patience: stop after so many validations without a better score; 0 for never.
         log_steps: steps between rows of the log.
+    validate_every: epochs between validations; the last epoch always has one.
     """
 
     epochs: int = 200
@@ -34,3 +35,4 @@ class RunOptions:
     save_minutes: float = 5.0
     patience: int = 0
     log_steps: int = 10
+    validate_every: int = 1

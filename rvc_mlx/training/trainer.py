@@ -179,9 +179,7 @@ class Trainer:
             self.progress.step,
             first=self._rank * self._options.batch_size,
         )
-        losses = self._step(batch, draws)
-        mx.async_eval(self._step.state, losses)
-        return losses
+        return self._step(batch, draws)
 
     def _look_at(
         self,
@@ -247,17 +245,19 @@ class Trainer:
         """Validate, keep what is to be kept, save where it is time."""
         now = self.progress
         self.progress = replace(now, epoch=now.epoch + 1, position=0)
-        scores = self._validate()
+        epoch = self.progress.epoch
+        final = epoch == self._options.epochs
+        wanted = final or epoch % self._options.validate_every == 0
+        scores = self._validate() if wanted else None
         if scores:
             self._judge(scores.values[SCORE])
         if monitor:
             monitor.end_epoch(self.progress, timing, scores)
-        epoch = self.progress.epoch
-        last = self.progress.stopped or epoch == self._options.epochs
+        last = self.progress.stopped or final
         kept = last or epoch % self._options.save_every == 0
         if kept and self._rank == 0:
             networks = self._step.generator, self._step.discriminator
-            self._keeper.keep_epoch(*networks, self.progress, scores is None)
+            self._keeper.keep_epoch(*networks, self.progress)
         if kept or self._due():
             self._save(identity)
             if self._interrupted.is_set():
