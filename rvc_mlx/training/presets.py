@@ -116,7 +116,7 @@ _GEOMETRIES = {
 
 # Latent, hidden, feed-forward, layers, vocoder, speaker embedding, discriminator.
 _FULL = (192, 192, 768, 6, 512, 256, 32)
-_SMALL = (96, 96, 384, 4, 256, 128, 16)
+_SMALL = (64, 64, 256, 6, 256, 128, 16)
 
 
 def preset(
