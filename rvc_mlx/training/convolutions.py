@@ -109,6 +109,31 @@ class UnfoldedConv1d(nn.Conv1d):
         return y + self.bias if "bias" in self else y
 
 
+class UnfoldedConvTranspose1d(nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` as one matrix product and sums of its shifted parts."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        B, L, C = x.shape
+        outputs, K, _ = self.weight.shape
+        stride = self.stride
+        wanted = (L - 1) * stride + K - 2 * self.padding + self.output_padding
+        # Each input makes `reach` strides of output; the ones of neighbours overlap.
+        reach = -(-K // stride)
+        weight = mx.pad(self.weight, [(0, 0), (0, reach * stride - K), (0, 0)])
+        weight = weight.transpose(2, 1, 0).reshape(C, -1)
+        parts = (x.reshape(B * L, C) @ weight).reshape(B, L, reach, stride * outputs)
+        y = sum(
+            mx.pad(parts[:, :, r], [(0, 0), (r, reach - 1 - r), (0, 0)])
+            for r in range(reach)
+        )
+        y = y.reshape(B, -1, outputs)
+        missing = max(0, self.padding + wanted - y.shape[1])
+        y = mx.pad(y, [(0, 0), (0, missing), (0, 0)])
+        y = y[:, self.padding : self.padding + wanted]
+        return y + self.bias if "bias" in self else y
+
+
 class DenseConv1d(nn.Conv1d):
     """Grouped ``nn.Conv1d`` through `dense_weight`."""
 
@@ -136,6 +161,18 @@ def reformulate(network: nn.Module, plain: str, grouped: str) -> None:
     """
 
     def replaced(layer: nn.Module) -> nn.Module:
+        if type(layer) is nn.ConvTranspose1d and plain == "unfolded":
+            outputs, taps, width = layer.weight.shape
+            return UnfoldedConvTranspose1d(
+                width,
+                outputs,
+                taps,
+                layer.stride,
+                layer.padding,
+                layer.dilation,
+                layer.output_padding,
+                "bias" in layer,
+            )
         if type(layer) is not nn.Conv1d:
             return layer
         outputs, taps, width = layer.weight.shape
