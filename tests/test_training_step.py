@@ -192,7 +192,9 @@ def test_steps_match_the_reference(name, gradients):
             assert losses[loss].item() == pytest.approx(expected, rel=1e-4), loss
         if number == 0:
             for network, own in zip(networks, reversed(gradients), strict=True):
-                check_gradients(network, to_torch(own))
+                [(part, vector)] = own.items()
+                named = step._packings[part].unpack(vector)
+                check_gradients(network, to_torch(named))
     for network, own, first in zip(
         networks, (step.generator, step.discriminator), before, strict=True
     ):

@@ -52,7 +52,13 @@ from rvc_mlx.training.optimizer import (
     norm_of,
     update,
 )
-from rvc_mlx.training.parametrization import Parameters, folded, require_same, shapes
+from rvc_mlx.training.parametrization import (
+    Packing,
+    Parameters,
+    folded,
+    require_same,
+    shapes,
+)
 from rvc_mlx.training.presets import TrainingConfig
 
 if TYPE_CHECKING:
@@ -62,7 +68,10 @@ __all__ = ["AdamW", "Draws", "TrainStep", "draw"]
 
 DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 
-State = dict[str, dict[str, mx.array]]
+# Parameters and moments of the generator (g) and the discriminator (d), packed, and
+# the counters.
+State = dict[str, Any]
+_PACKED = ("g", "g_mean", "g_square", "d", "d_mean", "d_square")
 
 
 class TrainStep:
@@ -104,8 +113,9 @@ class TrainStep:
     ):
         if precision not in DTYPES:
             raise ValueError(f"precision {precision!r}; expected one of {list(DTYPES)}")
-        generator = _ordered("generator", generator, shapes(config)[0])
-        discriminator = _ordered("discriminator", discriminator, shapes(config)[1])
+        wanted = dict(zip("gd", shapes(config), strict=True))
+        _require_shapes("generator", generator, wanted["g"])
+        _require_shapes("discriminator", discriminator, wanted["d"])
         self.precision = precision
         self._config = config
         self._optimizer = optimizer or AdamW()
@@ -114,9 +124,10 @@ class TrainStep:
         convolutions = convolutions or Convolutions()
         self._network = training_network(config, convolutions.generator)
         self._judge = Discriminator(config, convolutions)
+        self._packings = {part: Packing(names) for part, names in wanted.items()}
         self._state: State = {
-            **_with_moments("g", generator),
-            **_with_moments("d", discriminator),
+            **self._with_moments("g", generator),
+            **self._with_moments("d", discriminator),
             "counters": first_counters(self._optimizer, precision),
         }
         if compiled is None:
@@ -131,11 +142,12 @@ class TrainStep:
             draws: of ``forward.draw``.
 
         Returns:
-            Float32 scalars, not yet evaluated: ``loss_d``, ``loss_g`` (the weighted sum)
+            Float32 scalars, on their way as the new state is: ``loss_d``, ``loss_g`` (the weighted sum)
             and its unweighted parts ``loss_adv``, ``loss_fm``, ``loss_mel``, ``loss_kl``;
-            ``grad_norm_d``, ``grad_norm_g``. Evaluate them together with ``state``.
+            ``grad_norm_d``, ``grad_norm_g``.
         """
         self._state, losses = self._step(self._state, step_inputs(batch, draws))
+        mx.async_eval(self._state, losses)
         return losses
 
     @property
@@ -145,9 +157,11 @@ class TrainStep:
         Keys: ``g.NAME`` and ``d.NAME`` (parameters), ``g_mean.``, ``g_square.``,
         ``d_mean.``, ``d_square.`` (moments) and ``counters.``.
         """
+        parts = {name: self._unpacked(name) for name in _PACKED}
+        parts["counters"] = self._state["counters"]
         return {
             f"{part}.{name}": value
-            for part, values in self._state.items()
+            for part, values in parts.items()
             for name, value in values.items()
         }
 
@@ -159,20 +173,29 @@ class TrainStep:
             {k: (v.shape, v.dtype) for k, v in flat.items()},
             {k: (v.shape, v.dtype) for k, v in own.items()},
         )
-        self._state = {
-            part: {name: mx.array(flat[f"{part}.{name}"]) for name in values}
-            for part, values in self._state.items()
+
+        def values_of(part: str) -> dict[str, mx.array]:
+            start = f"{part}."
+            return {
+                name.removeprefix(start): mx.array(value)
+                for name, value in flat.items()
+                if name.startswith(start)
+            }
+
+        state: State = {
+            part: self._packings[part[0]].pack(values_of(part)) for part in _PACKED
         }
+        self._state = {**state, "counters": values_of("counters")}
 
     @property
     def generator(self) -> Parameters:
         """The generator's parameters now."""
-        return dict(self._state["g"])
+        return self._unpacked("g")
 
     @property
     def discriminator(self) -> Parameters:
         """The discriminator's parameters now."""
-        return dict(self._state["d"])
+        return self._unpacked("d")
 
     @property
     def learning_rate(self) -> float:
@@ -200,10 +223,12 @@ class TrainStep:
             new, losses = self._update_discriminator(
                 state, real, mx.stop_gradient(made.audio)
             )
-            losses |= self._generator_losses(new["d"], real, target, made)
+            judge = self._packings["d"].unpack(new["d"])
+            losses |= self._generator_losses(judge, real, target, made)
             return losses["loss_g"] * counters["scale"], losses, new
 
-        (_, losses, new), gradients = mx.value_and_grad(loss)(state["g"])
+        generator = self._packings["g"].unpack(state["g"])
+        (_, losses, new), gradients = mx.value_and_grad(loss)(generator)
         step, norm = self._update("g", state, gradients)
         new = {**new, **step, "counters": {**new["counters"], **step["counters"]}}
         finite = mx.isfinite(norm) & mx.isfinite(losses["grad_norm_d"])
@@ -238,7 +263,8 @@ class TrainStep:
             )
             return value * state["counters"]["scale"], value
 
-        (_, value), gradients = mx.value_and_grad(loss)(state["d"])
+        discriminator = self._packings["d"].unpack(state["d"])
+        (_, value), gradients = mx.value_and_grad(loss)(discriminator)
         new, norm = self._update("d", state, gradients)
         return new, {"loss_d": value, "grad_norm_d": norm}
 
@@ -267,35 +293,37 @@ class TrainStep:
         self, part: str, state: State, gradients: Parameters
     ) -> tuple[State, mx.array]:
         """New parameters, moments and count of one network, and its gradient's norm."""
-        gradients = mean_gradients(gradients, self._world)
         counters = state["counters"]
-        scale = counters["scale"]
-        gradients = {name: value / scale for name, value in gradients.items()}
-        norm = norm_of(gradients)
+        vector = {part: self._packings[part].pack(gradients) / counters["scale"]}
+        vector = mean_gradients(vector, self._world)
+        norm = norm_of(vector)
         finite = mx.isfinite(norm)
         count = counters[f"{part}_steps"] + finite.astype(mx.int32)
-        parameters, mean, square = update(
+        names = (part, f"{part}_mean", f"{part}_square")
+        parameters, mean, square = ({part: state[name]} for name in names)
+        moved = update(
             self._optimizer,
-            (state[part], state[f"{part}_mean"], state[f"{part}_square"]),
-            gradients,
+            (parameters, mean, square),
+            vector,
             counters["learning_rate"],
             count,
             finite,
         )
+        new = {name: array[part] for name, array in zip(names, moved, strict=True)}
+        return {**new, "counters": {f"{part}_steps": count}}, norm
+
+    def _unpacked(self, part: str) -> Parameters:
+        return self._packings[part[0]].unpack(self._state[part])
+
+    def _with_moments(self, part: str, parameters: Parameters) -> State:
+        vector = {part: self._packings[part].pack(parameters)}
+        mean, square = moments(vector)
         return {
-            part: parameters,
-            f"{part}_mean": mean,
-            f"{part}_square": square,
-            "counters": {f"{part}_steps": count},
-        }, norm
+            part: vector[part],
+            f"{part}_mean": mean[part],
+            f"{part}_square": square[part],
+        }
 
 
-def _ordered(what: str, given: Parameters, wanted: Mapping) -> Parameters:
-    """The parameters in one order: sums over them round alike in every run."""
+def _require_shapes(what: str, given: Parameters, wanted: Mapping) -> None:
     require_same(what, {name: value.shape for name, value in given.items()}, wanted)
-    return {name: given[name] for name in wanted}
-
-
-def _with_moments(part: str, parameters: Parameters) -> State:
-    mean, square = moments(parameters)
-    return {part: dict(parameters), f"{part}_mean": mean, f"{part}_square": square}
