@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from recipes.draws import CHORD, CURVES, NOTE, RATE_STEPS
+from recipes.front_end import fused
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.spectral import HOP_LENGTH, LOG_FLOOR, N_FFT, hann_window, mel_filters
 
@@ -84,13 +85,20 @@ def resample(source: mx.array, rate: mx.array, L: int) -> mx.array:
     cutoff = mx.minimum(1.0, 1 / rate)[:, None]  # below the lower Nyquist frequency
     out = mx.zeros(part.shape)
     for tap in range(1 - _TAPS, _TAPS + 1):
-        distance = part - tap
-        angle = np.pi * cutoff * distance
-        sinc = mx.where(mx.abs(angle) < 1e-4, 1.0, mx.sin(angle) / (angle + 1e-12))
-        window = 0.5 + 0.5 * mx.cos(np.pi / _TAPS * distance)
-        weight = mx.where(mx.abs(distance) < _TAPS, cutoff * sinc * window, 0.0)
-        out = out + weight * mx.take_along_axis(source, index + tap, axis=1)
+        heard = mx.take_along_axis(source, index + tap, axis=1)
+        out = _add_tap(out, heard, part - tap, cutoff)
     return out
+
+
+@fused
+def _add_tap(
+    out: mx.array, heard: mx.array, distance: mx.array, cutoff: mx.array
+) -> mx.array:
+    angle = np.pi * cutoff * distance
+    sinc = mx.where(mx.abs(angle) < 1e-4, 1.0, mx.sin(angle) / (angle + 1e-12))
+    window = 0.5 + 0.5 * mx.cos(np.pi / _TAPS * distance)
+    weight = mx.where(mx.abs(distance) < _TAPS, cutoff * sinc * window, 0.0)
+    return out + weight * heard
 
 
 @cache

@@ -19,11 +19,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
+
+from rvc_mlx.training.parametrization import Packing
 
 HostBatch = dict[str, np.ndarray]
 Batch = dict[str, mx.array]
 Losses = dict[str, mx.array]
+_ALL = "all"  # name of the vector that holds every weight
 # Network, batch and strength (0 at the start of training, 1 at its end) to losses;
 # "total" is what is minimised.
 LossFunction = Callable[[nn.Module, Batch, mx.array], Losses]
@@ -79,7 +82,7 @@ class Training:
 
     Attributes:
         network: its structure; the arrays that count are in ``weights``.
-        weights: trainable, float32.
+        weights: trainable, float32, packed into one vector (few kernels a step).
         buffers: the rest (running statistics), float32.
         moments: AdamW's state.
         step: steps done.
@@ -97,7 +100,10 @@ class Training:
         network.train()
         self.network = network
         self.schedule = schedule
-        self.weights = network.trainable_parameters()
+        trainable = dict(tree_flatten(network.trainable_parameters()))
+        self._packing = Packing({name: a.shape for name, a in trainable.items()})
+        self._shapes = {name: list(a.shape) for name, a in trainable.items()}
+        self.weights = {_ALL: self._packing.pack(trainable)}
         self.buffers = _rest(network)
         self.step = 0
         self.seconds = 0.0
@@ -114,12 +120,14 @@ class Training:
 
     def _pure_step(self, weights, buffers, moments, batch, progress):
         def total(trainable):
-            self.network.update(tree_map(lambda p: p.astype(self._dtype), trainable))
+            self.network.update(tree_unflatten(list(trainable.items())))
             self.network.update(buffers)
             losses = self._loss(self.network, batch, progress)
             return losses["total"], (losses, _rest(self.network))
 
-        (_, (losses, buffers)), gradients = mx.value_and_grad(total)(weights)
+        seen = self._packing.unpack(weights[_ALL].astype(self._dtype))
+        (_, (losses, buffers)), gradients = mx.value_and_grad(total)(seen)
+        gradients = {_ALL: self._packing.pack(gradients).astype(mx.float32)}
         gradients, norm = optim.clip_grad_norm(gradients, self.schedule.clip)
         self._optimiser.state = moments
         weights = self._optimiser.apply_gradients(gradients, weights)
@@ -162,7 +170,8 @@ class Training:
 
     def finished_network(self) -> nn.Module:
         """The network with the present float32 weights, in evaluation mode."""
-        self.network.update(self.weights)
+        weights = self._packing.unpack(self.weights[_ALL])
+        self.network.update(tree_unflatten(list(weights.items())))
         self.network.update(self.buffers)
         self.network.eval()
         return self.network
@@ -175,7 +184,9 @@ class Training:
             for kind, tree in trees.items()
             for name, value in tree_flatten(tree)
         }
-        told = json.dumps({"step": self.step, "seconds": self.seconds})
+        told = json.dumps(
+            {"step": self.step, "seconds": self.seconds, "shapes": self._shapes}
+        )
         partial = path.with_name(f".{path.stem}.partial.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(partial), arrays, {"training": told})
@@ -188,6 +199,7 @@ class Training:
             ValueError: it belongs to another network.
         """
         arrays, metadata = mx.load(str(path), return_metadata=True)
+        told = json.loads(metadata["training"])
         trees: dict[str, Any] = {}
         for kind, present in (
             ("w", self.weights),
@@ -200,7 +212,8 @@ class Training:
                 if name.startswith(f"{kind}.")
             }
             expected = {name: a.shape for name, a in tree_flatten(present)}
-            if {name: a.shape for name, a in found.items()} != expected:
+            same = {name: a.shape for name, a in found.items()} == expected
+            if not same or told["shapes"] != self._shapes:
                 raise ValueError(
                     f"{path}: made by a network of other sizes; give the options it was "
                     "trained with, or another folder"
@@ -209,7 +222,6 @@ class Training:
             ordered = [(name, found[name]) for name in expected]
             trees[kind] = tree_unflatten(ordered) if ordered else {}
         self.weights, self.buffers, self.moments = trees["w"], trees["b"], trees["m"]
-        told = json.loads(metadata["training"])
         self.step, self.seconds = told["step"], told["seconds"]
 
 
