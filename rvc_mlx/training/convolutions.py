@@ -123,10 +123,9 @@ class UnfoldedConvTranspose1d(nn.ConvTranspose1d):
         weight = mx.pad(self.weight, [(0, 0), (0, reach * stride - K), (0, 0)])
         weight = weight.transpose(2, 1, 0).reshape(C, -1)
         parts = (x.reshape(B * L, C) @ weight).reshape(B, L, reach, stride * outputs)
-        y = sum(
-            mx.pad(parts[:, :, r], [(0, 0), (r, reach - 1 - r), (0, 0)])
-            for r in range(reach)
-        )
+        y = mx.zeros((B, L + reach - 1, stride * outputs), x.dtype)
+        for r in range(reach):
+            y = y + mx.pad(parts[:, :, r], [(0, 0), (r, reach - 1 - r), (0, 0)])
         y = y.reshape(B, -1, outputs)
         missing = max(0, self.padding + wanted - y.shape[1])
         y = mx.pad(y, [(0, 0), (0, missing), (0, 0)])
