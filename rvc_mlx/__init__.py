@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from rvc_mlx.machine import widen_cuda_caches
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.version import __version__
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from rvc_mlx.pipeline import Conversion, VoiceConverter, load
 
 __all__ = ["Conversion", "ConversionOptions", "VoiceConverter", "__version__", "load"]
+
+
+widen_cuda_caches()
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,8 @@ from rvc_mlx.training.convolutions import (
     Convolutions,
     dense_weight,
     unfolded_conv1d,
+    unfolded_conv_transpose1d,
+    with_slope_of,
 )
 from rvc_mlx.training.discriminators import Discriminator
 from rvc_mlx.training.forward import (
@@ -590,16 +592,40 @@ def test_ways_of_convolution_agree(taps, stride, dilation, groups, length, rng):
     def dense(x, w):
         return mx.conv1d(x, dense_weight(w, groups), stride, pad, dilation)
 
+    mixed = with_slope_of(native, unfolded)
     y = native(x, w)
     back = mx.array(rng.standard_normal(y.shape).astype(np.float32))
     ways = mx.vjp(native, [x, w], [back])[1]
-    for other in (unfolded, dense):
+    for other in (unfolded, dense, mixed):
         assert mx.allclose(other(x, w), y, atol=1e-4)
         for own, expected in zip(mx.vjp(other, [x, w], [back])[1], ways, strict=True):
             assert mx.allclose(own, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("plain", ["native", "unfolded"])
+@pytest.mark.parametrize(
+    ("taps", "stride", "pad", "more"),
+    [(20, 10, 5, 0), (4, 2, 1, 0), (3, 3, 2, 1), (5, 2, 2, 1), (11, 4, 3, 0)],
+)
+def test_ways_of_transposed_convolution_agree(taps, stride, pad, more, rng):
+    x = mx.array(rng.standard_normal((2, 13, 6)).astype(np.float32))
+    w = mx.array(rng.standard_normal((4, taps, 6)).astype(np.float32))
+
+    def native(x, w):
+        return mx.conv_transpose1d(x, w, stride, pad, 1, more)
+
+    def unfolded(x, w):
+        return unfolded_conv_transpose1d(x, w, stride, pad, more)
+
+    y = native(x, w)
+    back = mx.array(rng.standard_normal(y.shape).astype(np.float32))
+    ways = mx.vjp(native, [x, w], [back])[1]
+    for other in (unfolded, with_slope_of(native, unfolded)):
+        assert mx.allclose(other(x, w), y, atol=1e-4)
+        for own, expected in zip(mx.vjp(other, [x, w], [back])[1], ways, strict=True):
+            assert mx.allclose(own, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("plain", ["native", "unfolded", "mixed"])
 @pytest.mark.parametrize("grouped", ["native", "unfolded", "dense"])
 def test_discriminator_is_the_reference(plain, grouped, rng):
     config = dataclasses.replace(make_config("nsf"), discriminator_width=4)
@@ -632,14 +658,15 @@ def test_unfolded_generator_is_the_generator(name):
     inputs = step_inputs(batch, draw(config, batch, 7, 0))
     weights = folded(make_step(config).generator)
     made = []
-    for way in ("native", "unfolded"):
+    for way in ("native", "unfolded", "mixed"):
         network = training_network(config, way)
         kinds = {type(layer).__name__ for _, layer in network.named_modules()}
         assert ("Conv1d" in kinds) == (way == "native")
         bind(network, weights)
         made.append(generate(network, inputs, config, mx.float32))
-    assert mx.allclose(made[0].audio, made[1].audio, atol=1e-5)
-    assert mx.allclose(made[0].z_p, made[1].z_p, atol=1e-4)
+    for other in made[1:]:
+        assert mx.allclose(made[0].audio, other.audio, atol=1e-5)
+        assert mx.allclose(made[0].z_p, other.z_p, atol=1e-4)
 
 
 def test_unknown_formulations_are_refused():

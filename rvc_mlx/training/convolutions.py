@@ -1,17 +1,21 @@
-"""Three ways to compute a 1-D convolution; which is fastest depends on the back end.
+"""Ways to compute a 1-D convolution; which is fastest depends on the back end.
 
 The results are the same, forward and backward; a layer keeps its name and weights.
+cuDNN is quick at outputs and at slopes of inputs, but slow at the weights' slopes of
+dilated and transposed kernels with few channels, which are one matrix product of
+unfolded windows: ``"mixed"`` takes the better of both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-_PLAIN = ("native", "unfolded")
+_PLAIN = ("native", "unfolded", "mixed")
 _GROUPED = ("native", "unfolded", "dense")
 
 
@@ -20,7 +24,8 @@ class Convolutions:
     """How the training networks' convolutions are computed.
 
     Attributes:
-        generator: ``"native"`` (the back end's) or ``"unfolded"`` (one matrix product).
+        generator: ``"native"`` (the back end's), ``"unfolded"`` (one matrix product) or
+            ``"mixed"`` (native, with the weights' slopes unfolded).
         plain: likewise, for the discriminators' convolutions without groups.
         grouped: for those with groups: ``"native"``, ``"unfolded"`` (one matrix product
             for each group) or ``"dense"`` (groups as blocks of one dense kernel).
@@ -109,27 +114,103 @@ class UnfoldedConv1d(nn.Conv1d):
         return y + self.bias if "bias" in self else y
 
 
+def unfolded_conv_transpose1d(
+    x: mx.array, weight: mx.array, stride: int, padding: int, output_padding: int
+) -> mx.array:
+    """``mx.conv_transpose1d`` as one matrix product and sums of its shifted parts.
+
+    Args:
+        x: ``[B, L, C]``.
+        weight: ``[O, K, C]``.
+        stride: samples of output per sample of input.
+        padding: samples cut off on each side.
+        output_padding: samples added at the end.
+
+    Returns:
+        ``[B, (L - 1) * stride + K - 2 * padding + output_padding, O]``.
+    """
+    B, L, C = x.shape
+    outputs, K, _ = weight.shape
+    wanted = (L - 1) * stride + K - 2 * padding + output_padding
+    # Each input makes `reach` strides of output; the ones of neighbours overlap.
+    reach = -(-K // stride)
+    weight = mx.pad(weight, [(0, 0), (0, reach * stride - K), (0, 0)])
+    weight = weight.transpose(2, 1, 0).reshape(C, -1)
+    parts = (x.reshape(B * L, C) @ weight).reshape(B, L, reach, stride * outputs)
+    y = mx.zeros((B, L + reach - 1, stride * outputs), x.dtype)
+    for r in range(reach):
+        y = y + mx.pad(parts[:, :, r], [(0, 0), (r, reach - 1 - r), (0, 0)])
+    y = y.reshape(B, -1, outputs)
+    y = mx.pad(y, [(0, 0), (0, max(0, padding + wanted - y.shape[1])), (0, 0)])
+    return y[:, padding : padding + wanted]
+
+
 class UnfoldedConvTranspose1d(nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` as one matrix product and sums of its shifted parts."""
+    """``nn.ConvTranspose1d`` through `unfolded_conv_transpose1d`."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, L, C]`` to ``[B, L', O]``."""
-        B, L, C = x.shape
-        outputs, K, _ = self.weight.shape
-        stride = self.stride
-        wanted = (L - 1) * stride + K - 2 * self.padding + self.output_padding
-        # Each input makes `reach` strides of output; the ones of neighbours overlap.
-        reach = -(-K // stride)
-        weight = mx.pad(self.weight, [(0, 0), (0, reach * stride - K), (0, 0)])
-        weight = weight.transpose(2, 1, 0).reshape(C, -1)
-        parts = (x.reshape(B * L, C) @ weight).reshape(B, L, reach, stride * outputs)
-        y = mx.zeros((B, L + reach - 1, stride * outputs), x.dtype)
-        for r in range(reach):
-            y = y + mx.pad(parts[:, :, r], [(0, 0), (r, reach - 1 - r), (0, 0)])
-        y = y.reshape(B, -1, outputs)
-        missing = max(0, self.padding + wanted - y.shape[1])
-        y = mx.pad(y, [(0, 0), (0, missing), (0, 0)])
-        y = y[:, self.padding : self.padding + wanted]
+        y = unfolded_conv_transpose1d(
+            x, self.weight, self.stride, self.padding, self.output_padding
+        )
+        return y + self.bias if "bias" in self else y
+
+
+Product = Callable[[mx.array, mx.array], mx.array]
+
+
+def with_slope_of(native: Product, other: Product) -> Product:
+    """``native(x, weight)``, whose slope for the weight is computed as ``other``'s.
+
+    Args:
+        native: a convolution.
+        other: the same one, computed another way.
+    """
+
+    @mx.custom_function
+    def product(x: mx.array, weight: mx.array) -> mx.array:
+        return native(x, weight)
+
+    @product.vjp
+    def slopes(
+        primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        del output
+        x, weight = primals
+        _, [for_x] = mx.vjp(lambda x: native(x, weight), [x], [cotangent])
+        _, [for_weight] = mx.vjp(lambda w: other(x, w), [weight], [cotangent])
+        return for_x, for_weight
+
+    return product
+
+
+class MixedConv1d(nn.Conv1d):
+    """``nn.Conv1d`` whose weight's slope is that of `unfolded_conv1d`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        settings = (self.stride, self.padding, self.dilation, self.groups)
+        product = with_slope_of(
+            lambda x, w: mx.conv1d(x, w, *settings),
+            lambda x, w: unfolded_conv1d(x, w, *settings),
+        )
+        y = product(x, self.weight)
+        return y + self.bias if "bias" in self else y
+
+
+class MixedConvTranspose1d(nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` whose weight's slope is that of the unfolded one."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        settings = (self.stride, self.padding, self.dilation, self.output_padding)
+        product = with_slope_of(
+            lambda x, w: mx.conv_transpose1d(x, w, *settings),
+            lambda x, w: unfolded_conv_transpose1d(
+                x, w, self.stride, self.padding, self.output_padding
+            ),
+        )
+        y = product(x, self.weight)
         return y + self.bias if "bias" in self else y
 
 
@@ -146,7 +227,13 @@ class DenseConv1d(nn.Conv1d):
 _KINDS: dict[str, type[nn.Conv1d]] = {
     "native": nn.Conv1d,
     "unfolded": UnfoldedConv1d,
+    "mixed": MixedConv1d,
     "dense": DenseConv1d,
+}
+_TRANSPOSED_KINDS: dict[str, type[nn.ConvTranspose1d]] = {
+    "native": nn.ConvTranspose1d,
+    "unfolded": UnfoldedConvTranspose1d,
+    "mixed": MixedConvTranspose1d,
 }
 
 
@@ -160,9 +247,9 @@ def reformulate(network: nn.Module, plain: str, grouped: str) -> None:
     """
 
     def replaced(layer: nn.Module) -> nn.Module:
-        if type(layer) is nn.ConvTranspose1d and plain == "unfolded":
+        if type(layer) is nn.ConvTranspose1d:
             outputs, taps, width = layer.weight.shape
-            return UnfoldedConvTranspose1d(
+            return _TRANSPOSED_KINDS[plain](
                 width,
                 outputs,
                 taps,
