@@ -499,6 +499,15 @@ def test_files_of_other_writers_are_read(tmp_path):
         )
 
 
+def test_safetensors_of_the_size_of_an_encoder(tmp_path):
+    half = np.resize(np.arange(2048, dtype=np.float16), 1 << 24)  # 32 MB
+    tensors = {"a": half, "b": half[:4096], "c": half[:8192].reshape(2, -1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    got = read_checkpoint(tmp_path / "x.safetensors").tensors
+    for name, value in tensors.items():
+        assert np.array_equal(got[name], value, equal_nan=True)
+
+
 def test_bfloat16_safetensors(tmp_path):
     from safetensors.torch import save_file as save_torch
 

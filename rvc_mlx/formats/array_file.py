@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rvc_mlx.formats.numpy_pickle import is_shape
+from rvc_mlx.formats.numpy_pickle import is_count, is_shape
 from rvc_mlx.formats.stored_zip import Span
 from rvc_mlx.formats.torch_file import native
 from rvc_mlx.formats.torch_pickle import item_size
@@ -121,7 +121,7 @@ def _safetensors_entry(name: str, entry: object) -> tuple[str, tuple[int, ...], 
     if not isinstance(shape, list) or not isinstance(place, list):
         raise ValueError(f"its tensor {name!r} has no shape or no place")
     size, offsets = tuple(shape), tuple(place)
-    if not is_shape(size) or not is_shape(offsets) or len(offsets) != 2:
+    if not is_shape(size) or len(offsets) != 2 or not all(map(is_count, offsets)):
         raise ValueError(f"its tensor {name!r} has an impossible shape or place")
     dtype = _SAFETENSORS_TYPES[kind]
     start, end = offsets
