@@ -264,6 +264,7 @@ def parity_rows(results: list[Result], folder: Path) -> list[dict[str, Any]]:
             names |= {f"{n}_tolerance": f"{n} tolerance" for n in ("max", "mean")}
             names |= {"stage": "stage", "test": "test", "scale": "scale"}
             row = {ours: given[theirs] for ours, theirs in names.items()}
+            row |= {name: given.get(name, "") for name in ("machine", "commit")}
             rows.append(row | {"engine": given.get("engine", BACKENDS["openvino"])})
     return rows
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 
 from rvc_mlx import ConversionOptions, pitch
 from rvc_mlx.audio_io import load_audio
+from rvc_mlx.bench import environment
 from rvc_mlx.decoding import decode
 from rvc_mlx.engine import MLXEngine, Seam, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
@@ -63,6 +66,25 @@ VOICES = (
 )
 
 
+@cache
+def machine() -> dict[str, str]:
+    """What computes, and the commit, for the record."""
+    facts = environment()
+    commit = os.environ.get("BENCHMARK_COMMIT", "")
+    if not commit:
+        words = ["git", "rev-parse", "HEAD"]
+        run = subprocess.run(
+            words,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        commit = run.stdout.strip()
+    name = facts["gpu"] if DEVICE == "gpu" else facts["cpu"]
+    return {"machine": str(name), "commit": commit}
+
+
 def check(name: str, ours, theirs, largest: float, mean: float) -> None:
     """Assert both tolerances; print and keep what was measured."""
     ours, theirs = np.asarray(ours), np.asarray(theirs)
@@ -71,6 +93,7 @@ def check(name: str, ours, theirs, largest: float, mean: float) -> None:
     row = {
         "stage": name,
         "engine": ENGINES[DEVICE],
+        **machine(),
         "max": float(difference.max()),
         "mean": float(difference.mean()),
         "scale": float(np.abs(theirs).mean()),

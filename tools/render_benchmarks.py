@@ -86,6 +86,12 @@ def parity(results: list[tables.Result], folder: Path) -> str:
     rows = tables.parity_rows(results, folder)
     failing = sum(tables.verdict(row) != "ok" for row in rows)
     state = f"{len(rows)} comparisons, {failing} beyond their tolerance."
+    measured = {
+        f"- {row['engine']}: {row['machine']}, commit {row['commit'][:12]}"
+        for row in rows
+        if row.get("machine")
+    }
+    state += "".join(f"\n{line}" for line in ["", *sorted(measured)])
     return (
         "# Parity with PyTorch\n\n"
         "Largest and mean absolute difference of each stage from PyTorch's reference, in "

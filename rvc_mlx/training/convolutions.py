@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -181,7 +182,7 @@ def with_slope_of(native: Product, other: Product) -> Product:
         _, [for_weight] = mx.vjp(lambda w: other(x, w), [weight], [cotangent])
         return for_x, for_weight
 
-    return product
+    return cast(Product, product)
 
 
 class MixedConv1d(nn.Conv1d):
