@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-# MLX reads these when it first needs them. Its own limits suit one model with one
+# To be set before MLX is imported. Its own limits suit one model with one
 # length: 128 plans of cuDNN, for example, where one conversion takes about 200 for each
 # length and a training step 300. Beyond them everything is planned anew each time, and
 # MLX may end the process ("Cache thrashing").

@@ -18,6 +18,8 @@ from rvc_mlx.training import step as step_module
 from rvc_mlx.training.convolutions import (
     Convolutions,
     dense_weight,
+    planar_conv1d,
+    planar_conv_transpose1d,
     unfolded_conv1d,
     unfolded_conv_transpose1d,
     with_slope_of,
@@ -592,11 +594,14 @@ def test_ways_of_convolution_agree(taps, stride, dilation, groups, length, rng):
     def dense(x, w):
         return mx.conv1d(x, dense_weight(w, groups), stride, pad, dilation)
 
+    def planar(x, w):
+        return planar_conv1d(x, w, stride, pad, dilation, groups)
+
     mixed = with_slope_of(native, unfolded)
     y = native(x, w)
     back = mx.array(rng.standard_normal(y.shape).astype(np.float32))
     ways = mx.vjp(native, [x, w], [back])[1]
-    for other in (unfolded, dense, mixed):
+    for other in (planar, unfolded, dense, mixed):
         assert mx.allclose(other(x, w), y, atol=1e-4)
         for own, expected in zip(mx.vjp(other, [x, w], [back])[1], ways, strict=True):
             assert mx.allclose(own, expected, atol=1e-4)
@@ -616,16 +621,19 @@ def test_ways_of_transposed_convolution_agree(taps, stride, pad, more, rng):
     def unfolded(x, w):
         return unfolded_conv_transpose1d(x, w, stride, pad, more)
 
+    def planar(x, w):
+        return planar_conv_transpose1d(x, w, stride, pad, more)
+
     y = native(x, w)
     back = mx.array(rng.standard_normal(y.shape).astype(np.float32))
     ways = mx.vjp(native, [x, w], [back])[1]
-    for other in (unfolded, with_slope_of(native, unfolded)):
+    for other in (planar, unfolded, with_slope_of(native, unfolded)):
         assert mx.allclose(other(x, w), y, atol=1e-4)
         for own, expected in zip(mx.vjp(other, [x, w], [back])[1], ways, strict=True):
             assert mx.allclose(own, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("plain", ["native", "unfolded", "mixed"])
+@pytest.mark.parametrize("plain", ["native", "planar", "unfolded", "mixed"])
 @pytest.mark.parametrize("grouped", ["native", "unfolded", "dense"])
 def test_discriminator_is_the_reference(plain, grouped, rng):
     config = dataclasses.replace(make_config("nsf"), discriminator_width=4)
@@ -658,7 +666,7 @@ def test_unfolded_generator_is_the_generator(name):
     inputs = step_inputs(batch, draw(config, batch, 7, 0))
     weights = folded(make_step(config).generator)
     made = []
-    for way in ("native", "unfolded", "mixed"):
+    for way in ("native", "planar", "unfolded", "mixed"):
         network = training_network(config, way)
         kinds = {type(layer).__name__ for _, layer in network.named_modules()}
         assert ("Conv1d" in kinds) == (way == "native")

@@ -1,9 +1,11 @@
 """Ways to compute a 1-D convolution; which is fastest depends on the back end.
 
 The results are the same, forward and backward; a layer keeps its name and weights.
-cuDNN is quick at outputs and at slopes of inputs, but slow at the weights' slopes of
-dilated and transposed kernels with few channels, which are one matrix product of
-unfolded windows: ``"mixed"`` takes the better of both.
+On CUDA, MLX tells the slope of a weight from a plain convolution by the third axis of
+its arrays: the width, in two dimensions, but the channels, in one. In one dimension
+cuDNN is therefore asked for an output of a few samples by a kernel as long as the
+signal. ``"planar"`` avoids that; ``"mixed"`` takes the weights' slopes as one matrix
+product of unfolded windows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-_PLAIN = ("native", "unfolded", "mixed")
+_PLAIN = ("native", "planar", "unfolded", "mixed")
 _GROUPED = ("native", "unfolded", "dense")
 
 
@@ -25,8 +27,9 @@ class Convolutions:
     """How the training networks' convolutions are computed.
 
     Attributes:
-        generator: ``"native"`` (the back end's), ``"unfolded"`` (one matrix product) or
-            ``"mixed"`` (native, with the weights' slopes unfolded).
+        generator: ``"native"`` (the back end's), ``"planar"`` (the same, of an image one
+            row high), ``"unfolded"`` (one matrix product) or ``"mixed"`` (native, with
+            the weights' slopes unfolded).
         plain: likewise, for the discriminators' convolutions without groups.
         grouped: for those with groups: ``"native"``, ``"unfolded"`` (one matrix product
             for each group) or ``"dense"`` (groups as blocks of one dense kernel).
@@ -102,6 +105,49 @@ def dense_weight(weight: mx.array, groups: int) -> mx.array:
     blocks = weight.reshape(groups, outputs // groups, K, 1, width)
     own = mx.eye(groups, dtype=weight.dtype)[:, None, None, :, None]
     return (blocks * own).reshape(outputs, K, groups * width)
+
+
+def planar_conv1d(
+    x: mx.array,
+    weight: mx.array,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> mx.array:
+    """``mx.conv1d`` as a convolution of an image one row high; arguments as there."""
+    settings = ((1, stride), (0, padding), (1, dilation), groups)
+    return mx.conv2d(x[:, None], weight[:, None], *settings)[:, 0]
+
+
+def planar_conv_transpose1d(
+    x: mx.array, weight: mx.array, stride: int, padding: int, output_padding: int
+) -> mx.array:
+    """``mx.conv_transpose1d`` likewise."""
+    settings = ((1, stride), (0, padding), (1, 1), (0, output_padding))
+    return mx.conv_transpose2d(x[:, None], weight[:, None], *settings)[:, 0]
+
+
+class PlanarConv1d(nn.Conv1d):
+    """``nn.Conv1d`` through `planar_conv1d`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        y = planar_conv1d(
+            x, self.weight, self.stride, self.padding, self.dilation, self.groups
+        )
+        return y + self.bias if "bias" in self else y
+
+
+class PlanarConvTranspose1d(nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` through `planar_conv_transpose1d`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        y = planar_conv_transpose1d(
+            x, self.weight, self.stride, self.padding, self.output_padding
+        )
+        return y + self.bias if "bias" in self else y
 
 
 class UnfoldedConv1d(nn.Conv1d):
@@ -227,12 +273,14 @@ class DenseConv1d(nn.Conv1d):
 
 _KINDS: dict[str, type[nn.Conv1d]] = {
     "native": nn.Conv1d,
+    "planar": PlanarConv1d,
     "unfolded": UnfoldedConv1d,
     "mixed": MixedConv1d,
     "dense": DenseConv1d,
 }
 _TRANSPOSED_KINDS: dict[str, type[nn.ConvTranspose1d]] = {
     "native": nn.ConvTranspose1d,
+    "planar": PlanarConvTranspose1d,
     "unfolded": UnfoldedConvTranspose1d,
     "mixed": MixedConvTranspose1d,
 }
