@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rvc_mlx.checkpoint import hash_file
+from rvc_mlx.machine import cache_folder
 
 RECORD = "recorded.json"
 METADATA_TIMEOUT = 10.0  # seconds to wait for the hub's answer
@@ -77,12 +78,6 @@ PUBLIC_WEIGHTS: Mapping[str, Weights] = {
 
 class _MissingError(FileNotFoundError):
     """The hub answered that it does not have the file."""
-
-
-def cache_folder() -> Path:
-    """Where weights are kept: ``$RVC_MLX_HOME`` or ``~/.cache/rvc_mlx``."""
-    home = os.environ.get("RVC_MLX_HOME")
-    return Path(home).expanduser() if home else Path.home() / ".cache" / "rvc_mlx"
 
 
 def locate(

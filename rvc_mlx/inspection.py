@@ -12,7 +12,7 @@ import numpy as np
 
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.checkpoint import hash_file, read_checkpoint
-from rvc_mlx.download import PUBLIC_WEIGHTS, cache_folder, locate
+from rvc_mlx.download import PUBLIC_WEIGHTS, locate
 from rvc_mlx.engine import (
     choose_engine,
     cpu_precisions,
@@ -20,6 +20,7 @@ from rvc_mlx.engine import (
     openvino_available,
 )
 from rvc_mlx.loading import file_in_folder, kind_of
+from rvc_mlx.machine import cache_folder
 from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
 from rvc_mlx.pipeline import load
 from rvc_mlx.retrieval import read_index

@@ -15,7 +15,6 @@ import numpy as np
 
 from rvc_mlx.audio import SAMPLE_RATE, resample
 from rvc_mlx.audio_io import AudioReader, AudioWriter, load_spool
-from rvc_mlx.download import cache_folder
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.job import Job, Nets, Progress
 from rvc_mlx.loading import (
@@ -26,6 +25,7 @@ from rvc_mlx.loading import (
     find_weights,
     read_weights,
 )
+from rvc_mlx.machine import cache_folder
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.output_format import check_output

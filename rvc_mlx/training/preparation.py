@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rvc_mlx.download import cache_folder, locate
+from rvc_mlx.download import locate
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.loading import Encoder, Engine, PitchNet, find_weights, read_weights
+from rvc_mlx.machine import cache_folder
 from rvc_mlx.training import features, filelist
 from rvc_mlx.training.filelist import Entry
 from rvc_mlx.training.plan import choose_config, stored_plan

@@ -1,0 +1,51 @@
+"""Where things are kept, and what MLX is told before it is imported."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from rvc_mlx import machine
+from rvc_mlx.machine import cache_folder, processors, widen_cuda_caches
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("RVC_MLX_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path
+    monkeypatch.delenv("RVC_MLX_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "rvc_mlx"
+
+
+def test_processors_are_those_of_this_process():
+    assert 1 <= processors() <= (os.cpu_count() or 1)
+
+
+@on_linux
+def test_settings_for_cuda_leave_the_users_alone(monkeypatch, tmp_path):
+    for name in (*machine._CUDA_CACHES, "MLX_PTX_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RVC_MLX_HOME", str(tmp_path))
+    monkeypatch.setenv("MLX_CUDA_CONV_CACHE_SIZE", "7")
+    widen_cuda_caches()
+    assert os.environ["MLX_CUDA_CONV_CACHE_SIZE"] == "7"
+    assert int(os.environ["MLX_CUDA_GRAPH_CACHE_SIZE"]) > 400
+    # Kernels of another MLX are not taken for this one's.
+    folder = os.environ["MLX_PTX_CACHE_DIR"]
+    assert folder.startswith(str(tmp_path / "compiled" / "cuda-mlx-"))
+    assert folder[-1].isdigit()
+
+
+@on_linux
+def test_they_are_made_before_mlx_is_imported():
+    code = (
+        "import os, sys, rvc_mlx; assert 'mlx.core' not in sys.modules; "
+        "print(os.environ['MLX_ENABLE_CACHE_THRASHING_CHECK'])"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLX_")}
+    words = [sys.executable, "-c", code]
+    run = subprocess.run(words, env=environment, capture_output=True, check=True)
+    assert run.stdout.strip() == b"0"
