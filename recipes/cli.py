@@ -29,6 +29,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--start", type=Path, help="exported weights to start from")
     parser.add_argument("--export", type=Path, help="write the weights here afterwards")
 
 

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten
 
 from recipes.speakers import PACKAGES, SPEAKERS
 from rvc_mlx.checkpoint import save_checkpoint
-from rvc_mlx.models.layers import to_torch_axes
+from rvc_mlx.loading import read_weights
+from rvc_mlx.models.layers import load_strictly, to_torch_axes
 from rvc_mlx.version import __version__
 
 PROVENANCE = "provenance.json"  # beside the parts of a corpus
@@ -58,6 +59,21 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     made = {"kind": kind, "trained_by": f"rvc_mlx {__version__} recipes"}
     save_checkpoint(path, tensors, {**made, **metadata})
+
+
+def start_from(path: Path, network: nn.Module, kind: str) -> None:
+    """Load exported weights into a network that is to be trained further.
+
+    Args:
+        path: of ``export``.
+        network: of the same sizes.
+        kind: as in ``export``.
+
+    Raises:
+        ValueError: the file is something else, or of another size.
+        OSError: it cannot be read.
+    """
+    load_strictly(network, read_weights(path, kind).tensors)
 
 
 def write_provenance(folder: Path, seed: int) -> None:

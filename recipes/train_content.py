@@ -23,7 +23,7 @@ from recipes.content_training import (
     content_loss,
     prepare,
 )
-from recipes.exporting import corpus_facts, export
+from recipes.exporting import corpus_facts, export, start_from
 from recipes.optimisation import Batch, Training
 from recipes.running import Watch, prefetch, run, write_history
 from rvc_mlx.models.contentvec import ContentVecConfig
@@ -67,8 +67,13 @@ def main(arguments: list[str] | None = None) -> None:
     batches = ContentBatches(shards, options.batch, options.frames, options.seed)
     config = ContentVecConfig(**{**vars(CONFIG), **options.config})
     mx.random.seed(options.seed)
+    network = ContentTrainer(config, len(batches.speakers))
+    if options.start:
+        start_from(options.start, network.encoder, "contentvec")
+        head = mx.load(str(options.start.with_suffix(".head.safetensors")))
+        network.head.load_weights(list(head.items()))
     training = Training(
-        ContentTrainer(config, len(batches.speakers)),
+        network,
         content_loss(ContentWeights(options.pair, options.speaker)),
         cli.schedule(options, options.learning_rate),
         mx.bfloat16 if options.precision == "bf16" else mx.float32,

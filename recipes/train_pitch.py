@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from recipes import cli
-from recipes.exporting import corpus_facts, export
+from recipes.exporting import corpus_facts, export, start_from
 from recipes.optimisation import Batch, Training
 from recipes.pitch_training import (
     CONFIG,
@@ -101,8 +101,11 @@ def main(arguments: list[str] | None = None) -> None:
     batches = PitchBatches(shards, options.batch, options.frames, options.seed)
     config = RMVPEConfig(**{**vars(CONFIG), **options.config})
     mx.random.seed(options.seed)
+    network = PitchTrainer(config)
+    if options.start:
+        start_from(options.start, network.rmvpe, "rmvpe")
     training = Training(
-        PitchTrainer(config),
+        network,
         pitch_loss,
         cli.schedule(options, options.learning_rate),
         compiled=not options.no_compile,
