@@ -20,10 +20,9 @@ import numpy as np
 from recipes.content_training import frame_centres
 from recipes.corpus import Shard, find_shards, read_shards, speaker_of
 from recipes.phones import UNKNOWN, frame_labels
-from rvc_mlx.loading import read_weights
-from rvc_mlx.models import contentvec
-from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
-from rvc_mlx.models.layers import fold_weight_norm, load_strictly
+from rvc_mlx.engine import choose_engine
+from rvc_mlx.loading import Encoder, read_weights
+from rvc_mlx.machine import cache_folder
 from rvc_mlx.spectral import log_mel
 
 log = logging.getLogger("recipes")
@@ -41,13 +40,30 @@ class Clips:
     labels: list[np.ndarray]
 
 
-def load_encoder(path: Path) -> ContentVec:
-    """An encoder with its weights, public or trained here."""
-    checkpoint = read_weights(path, "contentvec")
-    tensors = fold_weight_norm(contentvec.sanitize(checkpoint.tensors))
-    encoder = ContentVec(ContentVecConfig.from_tensors(tensors, checkpoint.metadata))
-    load_strictly(encoder, tensors)
-    return encoder
+class Listener:
+    """An encoder, public or trained here, with the phone classifier beside it.
+
+    Args:
+        path: of the encoder; computes on the GPU if MLX has one, else through OpenVINO.
+    """
+
+    def __init__(self, path: Path):
+        engine = choose_engine("auto", "f32", cache_folder() / "compiled")
+        self._encoder = Encoder(read_weights(path, "contentvec"), engine)
+        head = mx.load(str(path.with_suffix(".head.safetensors")))
+        self._weight, self._bias = np.array(head["weight"]), np.array(head["bias"])
+        self._heard: dict[int, np.ndarray] = {}
+
+    def features(self, audio: np.ndarray) -> np.ndarray:
+        """``[n]`` to ``[F, C]``; of each array once."""
+        if id(audio) not in self._heard:
+            self._heard[id(audio)] = self._encoder.encode(audio, "v2")
+        return self._heard[id(audio)]
+
+    def classify(self, audio: np.ndarray) -> np.ndarray:
+        """``[n]`` to classes ``[F]``."""
+        logits = self.features(audio) @ self._weight.T + self._bias
+        return logits.argmax(axis=-1)
 
 
 def some_clips(shards: Sequence[Shard], count: int) -> Clips:
@@ -143,16 +159,6 @@ def _with_one(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x, np.ones((len(x), 1))], axis=1)
 
 
-def _classifier(encoder: ContentVec, path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    head = mx.load(str(path.with_suffix(".head.safetensors")))
-
-    def classify(audio: np.ndarray) -> np.ndarray:
-        logits = encoder(mx.array(audio)[None])[0] @ head["weight"].T + head["bias"]
-        return np.array(logits.argmax(axis=-1))
-
-    return classify
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Print a JSON report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -172,20 +178,17 @@ def main(arguments: list[str] | None = None) -> None:
     for shard in read_shards(paths):
         by_speaker.setdefault(shard.speaker, []).append(shard)
     speakers = [some_clips(shards, options.clips) for shards in by_speaker.values()]
-    encoder = load_encoder(options.encoder)
-    classify = _classifier(encoder, options.encoder)
+    listener = Listener(options.encoder)
     phones = {}
     for clips in speakers:
-        everything, speech = frame_accuracy(classify, clips)
+        everything, speech = frame_accuracy(listener.classify, clips)
         phones[clips.speaker] = {"all": everything, "speech": speech}
     report = {
         "encoder": options.encoder.name,
         "clips_per_speaker": options.clips,
         "frame_accuracy": phones,
         "speaker_named": {
-            "features": speaker_probe(
-                lambda x: np.array(encoder(mx.array(x)[None])[0]), speakers
-            ),
+            "features": speaker_probe(listener.features, speakers),
             "log_mel": speaker_probe(lambda x: log_mel(x, 80), speakers),
             "chance": 1 / len(speakers),
         },

@@ -487,11 +487,15 @@ def test_an_exported_encoder_loads_as_a_public_one(tmp_path, rng):
     net = ContentVec(TINY_CONTENT)
     net.eval()
     export(tmp_path / "e.safetensors", net, "contentvec", {"num_heads": 2})
-    loaded = evaluate_content.load_encoder(tmp_path / "e.safetensors")
-    assert loaded.config == TINY_CONTENT
-    audio = mx.array(rng.uniform(-0.3, 0.3, (1, 2000)), mx.float32)
-    found, wanted = np.array(loaded(audio)), np.array(net(audio))
-    assert found.shape == (1, 6, TINY_CONTENT.feature_size("v2"))
+    head = {"weight": rng.standard_normal((40, 12)), "bias": np.zeros(40)}
+    head = {name: mx.array(value.astype(np.float32)) for name, value in head.items()}
+    mx.save_safetensors(str(tmp_path / "e.head.safetensors"), head)
+    listener = evaluate_content.Listener(tmp_path / "e.safetensors")
+    audio = rng.uniform(-0.3, 0.3, 2000).astype(np.float32)
+    found, wanted = listener.features(audio), np.array(net(mx.array(audio)[None]))[0]
+    assert found.shape == (6, TINY_CONTENT.feature_size("v2"))
+    classes = (wanted @ np.array(head["weight"]).T).argmax(axis=-1)
+    assert (listener.classify(audio) == classes).mean() > 0.8
     assert np.abs(found - wanted).max() < 5e-3 * np.abs(wanted).max()  # float16 weights
 
 
