@@ -4,6 +4,7 @@ Runs are of a tiny voice at 3200 Hz on clips and features made here; child proce
 real ``rvc-mlx train`` commands.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -962,14 +963,28 @@ def launch(*command):
     launcher = Path(sys.executable).with_name("mlx.launch")
     if not launcher.exists():
         pytest.skip("needs mlx.launch")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = ["-n", "2", "--backend", "ring", "--starting-port", str(port), "--"]
-    return subprocess.run(
-        [launcher, *words, sys.executable, *map(str, command)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    for _ in range(3):
+        words = ["-n", "2", "--backend", "ring", "--starting-port", str(free_ports(4))]
+        done = subprocess.run(
+            [launcher, *words, "--", sys.executable, *map(str, command)],
+            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        # On a busy machine another program may take a port, or a rank start so late that
+        # the other has given up; the launcher's own exit code does not tell.
+        if "[ring]" not in done.stderr:
+            break
+    return done
+
+
+def free_ports(count):
+    """The first of so many ports in a row that nobody listens on."""
+    for first in np.random.default_rng().integers(20_000, 60_000, 100).tolist():
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                probe = stack.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", port))
+            return first
+    raise OSError(f"no {count} free ports in a row")
 
 
 RANK = """
@@ -1013,7 +1028,9 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(data, tmp_path):
     mx.set_default_device(mx.cpu)
     joint = one_step(data, 4)
     mx.set_default_device(device)
-    ranks = [np.load(tmp_path / f"{rank}.npz") for rank in range(2)]
+    results = [tmp_path / f"{rank}.npz" for rank in range(2)]
+    assert all(path.exists() for path in results), done.stdout + done.stderr
+    ranks = [np.load(path) for path in results]
     moments = {k: v for k, v in joint.items() if k.startswith(("g_mean.", "d_mean."))}
     largest = dict.fromkeys("gd", 0.0)
     for name, wanted in moments.items():
