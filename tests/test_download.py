@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rvc_mlx.download import WeightFile, Weights, download, locate
+from rvc_mlx.download import PUBLIC_WEIGHTS, WeightFile, Weights, download, locate
 
 CONTENT = bytes(range(256)) * 2000
 CONFIG = b'{"hidden_size": 768}'
@@ -326,3 +326,12 @@ def test_locate(tmp_path):
 def test_an_unknown_name_lists_the_known_ones(function, tmp_path):
     with pytest.raises(ValueError, match=r"'rmvp'; known are rmvpe, hubert-fairseq"):
         function("rmvp", folder=tmp_path)
+
+
+def test_the_public_table_is_well_formed():
+    for weights in PUBLIC_WEIGHTS.values():
+        names = [file.name for file in weights.files]
+        assert len(set(names)) == len(names)
+        for file in weights.files:
+            assert file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32
+            assert ".." not in Path(file.path).parts
