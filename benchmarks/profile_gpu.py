@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -112,9 +110,8 @@ def _count(work: Work, event: dict[str, Any]) -> None:
     inputs = [shape for _, shape, _ in event["inputs"]]
     output = event["outputs"][0][1]
     if event["name"] == "Convolution":
-        dilation = math.prod(
-            event["arguments"][4]
-        )  # zeros between inputs: not products
+        # Zeros between the inputs take part in no product.
+        dilation = math.prod(event["arguments"][4])
         work.add(inputs, output, 2 * math.prod(inputs[1][1:]) / dilation)
     elif event["name"] in ("Matmul", "AddMM"):
         work.add(inputs[:2], output, 2 * inputs[0][-1])
@@ -197,12 +194,7 @@ def measure_roof(dtype: mx.Dtype) -> dict[str, float]:
 
 def median_time(call: Callable[[], Any], runs: int) -> float:
     """Seconds, median of ``runs`` after two more."""
-    times = []
-    for _ in range(runs + 2):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+    return common.time_calls([call], runs, 2)[0].median
 
 
 def profile_stage(
