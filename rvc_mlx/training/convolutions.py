@@ -128,39 +128,6 @@ def planar_conv_transpose1d(
     return mx.conv_transpose2d(x[:, None], weight[:, None], *settings)[:, 0]
 
 
-class PlanarConv1d(nn.Conv1d):
-    """``nn.Conv1d`` through `planar_conv1d`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L', O]``."""
-        y = planar_conv1d(
-            x, self.weight, self.stride, self.padding, self.dilation, self.groups
-        )
-        return y + self.bias if "bias" in self else y
-
-
-class PlanarConvTranspose1d(nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` through `planar_conv_transpose1d`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L', O]``."""
-        y = planar_conv_transpose1d(
-            x, self.weight, self.stride, self.padding, self.output_padding
-        )
-        return y + self.bias if "bias" in self else y
-
-
-class UnfoldedConv1d(nn.Conv1d):
-    """``nn.Conv1d`` through `unfolded_conv1d`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L', O]``."""
-        y = unfolded_conv1d(
-            x, self.weight, self.stride, self.padding, self.dilation, self.groups
-        )
-        return y + self.bias if "bias" in self else y
-
-
 def unfolded_conv_transpose1d(
     x: mx.array, weight: mx.array, stride: int, padding: int, output_padding: int
 ) -> mx.array:
@@ -192,17 +159,6 @@ def unfolded_conv_transpose1d(
     return y[:, padding : padding + wanted]
 
 
-class UnfoldedConvTranspose1d(nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` through `unfolded_conv_transpose1d`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L', O]``."""
-        y = unfolded_conv_transpose1d(
-            x, self.weight, self.stride, self.padding, self.output_padding
-        )
-        return y + self.bias if "bias" in self else y
-
-
 Product = Callable[[mx.array, mx.array], mx.array]
 
 
@@ -231,59 +187,71 @@ def with_slope_of(native: Product, other: Product) -> Product:
     return cast(Product, product)
 
 
-class MixedConv1d(nn.Conv1d):
-    """``nn.Conv1d`` whose weight's slope is that of `unfolded_conv1d`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L', O]``."""
-        settings = (self.stride, self.padding, self.dilation, self.groups)
-        product = with_slope_of(
-            lambda x, w: mx.conv1d(x, w, *settings),
-            lambda x, w: unfolded_conv1d(x, w, *settings),
-        )
-        y = product(x, self.weight)
-        return y + self.bias if "bias" in self else y
+def mixed_conv1d(x: mx.array, weight: mx.array, *settings: int) -> mx.array:
+    """``mx.conv1d`` whose weight's slope is that of `unfolded_conv1d`."""
+    product = with_slope_of(
+        lambda x, w: mx.conv1d(x, w, *settings),
+        lambda x, w: unfolded_conv1d(x, w, *settings),
+    )
+    return product(x, weight)
 
 
-class MixedConvTranspose1d(nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` whose weight's slope is that of the unfolded one."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L', O]``."""
-        settings = (self.stride, self.padding, self.dilation, self.output_padding)
-        product = with_slope_of(
-            lambda x, w: mx.conv_transpose1d(x, w, *settings),
-            lambda x, w: unfolded_conv_transpose1d(
-                x, w, self.stride, self.padding, self.output_padding
-            ),
-        )
-        y = product(x, self.weight)
-        return y + self.bias if "bias" in self else y
+def mixed_conv_transpose1d(
+    x: mx.array, weight: mx.array, stride: int, padding: int, output_padding: int
+) -> mx.array:
+    """``mx.conv_transpose1d`` whose weight's slope is that of the unfolded one."""
+    product = with_slope_of(
+        lambda x, w: mx.conv_transpose1d(x, w, stride, padding, 1, output_padding),
+        lambda x, w: unfolded_conv_transpose1d(x, w, stride, padding, output_padding),
+    )
+    return product(x, weight)
 
 
-class DenseConv1d(nn.Conv1d):
-    """Grouped ``nn.Conv1d`` through `dense_weight`."""
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L', O]``."""
-        weight = dense_weight(self.weight, self.groups)
-        y = mx.conv1d(x, weight, self.stride, self.padding, self.dilation)
-        return y + self.bias if "bias" in self else y
+def dense_conv1d(
+    x: mx.array, weight: mx.array, stride: int, padding: int, dilation: int, groups: int
+) -> mx.array:
+    """Grouped ``mx.conv1d`` through `dense_weight`."""
+    return mx.conv1d(x, dense_weight(weight, groups), stride, padding, dilation)
 
 
-_KINDS: dict[str, type[nn.Conv1d]] = {
-    "native": nn.Conv1d,
-    "planar": PlanarConv1d,
-    "unfolded": UnfoldedConv1d,
-    "mixed": MixedConv1d,
-    "dense": DenseConv1d,
+_WAYS: dict[str, Callable[..., mx.array]] = {
+    "planar": planar_conv1d,
+    "unfolded": unfolded_conv1d,
+    "mixed": mixed_conv1d,
+    "dense": dense_conv1d,
 }
-_TRANSPOSED_KINDS: dict[str, type[nn.ConvTranspose1d]] = {
-    "native": nn.ConvTranspose1d,
-    "planar": PlanarConvTranspose1d,
-    "unfolded": UnfoldedConvTranspose1d,
-    "mixed": MixedConvTranspose1d,
+_TRANSPOSED_WAYS: dict[str, Callable[..., mx.array]] = {
+    "planar": planar_conv_transpose1d,
+    "unfolded": unfolded_conv_transpose1d,
+    "mixed": mixed_conv_transpose1d,
 }
+
+
+class Convolution(nn.Module):
+    """A 1-D convolution, or its transpose, computed by another function.
+
+    Args:
+        layer: whose weights and settings it has.
+        compute: of input, weight and settings.
+        settings: after the weight.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        compute: Callable[..., mx.array],
+        settings: tuple[int, ...],
+    ):
+        super().__init__()
+        self.weight = layer.weight
+        if "bias" in layer:
+            self.bias = layer.bias
+        self._compute = lambda x, weight: compute(x, weight, *settings)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L', O]``."""
+        y = self._compute(x, self.weight)
+        return y + self.bias if "bias" in self else y
 
 
 def reformulate(network: nn.Module, plain: str, grouped: str) -> None:
@@ -296,31 +264,14 @@ def reformulate(network: nn.Module, plain: str, grouped: str) -> None:
     """
 
     def replaced(layer: nn.Module) -> nn.Module:
-        if type(layer) is nn.ConvTranspose1d:
-            outputs, taps, width = layer.weight.shape
-            return _TRANSPOSED_KINDS[plain](
-                width,
-                outputs,
-                taps,
-                layer.stride,
-                layer.padding,
-                layer.dilation,
-                layer.output_padding,
-                "bias" in layer,
-            )
-        if type(layer) is not nn.Conv1d:
-            return layer
-        outputs, taps, width = layer.weight.shape
-        return _KINDS[plain if layer.groups == 1 else grouped](
-            width * layer.groups,
-            outputs,
-            taps,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.groups,
-            "bias" in layer,
-        )
+        if type(layer) is nn.ConvTranspose1d and plain in _TRANSPOSED_WAYS:
+            given = (layer.stride, layer.padding, layer.output_padding)
+            return Convolution(layer, _TRANSPOSED_WAYS[plain], given)
+        if type(layer) is nn.Conv1d:
+            way = plain if layer.groups == 1 else grouped
+            settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            return Convolution(layer, _WAYS[way], settings) if way in _WAYS else layer
+        return layer
 
     leaves = network.leaf_modules()
     network.update_modules(tree_map(replaced, leaves, is_leaf=nn.Module.is_module))
