@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rvc_mlx.machine import widen_cuda_caches
+from rvc_mlx.machine import lend_openblas, widen_cuda_caches
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.version import __version__
 
@@ -21,6 +21,7 @@ __all__ = ["Conversion", "ConversionOptions", "VoiceConverter", "__version__", "
 
 
 widen_cuda_caches()
+lend_openblas()
 
 
 def __getattr__(name: str) -> Any:

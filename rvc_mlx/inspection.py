@@ -20,7 +20,7 @@ from rvc_mlx.engine import (
     openvino_available,
 )
 from rvc_mlx.loading import file_in_folder, kind_of
-from rvc_mlx.machine import cache_folder
+from rvc_mlx.machine import cache_folder, lend_openblas
 from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
 from rvc_mlx.pipeline import load
 from rvc_mlx.retrieval import read_index
@@ -99,6 +99,7 @@ def examine(device: str, precision: str) -> tuple[dict[str, dict[str, Any]], boo
         "versions": {"python": platform.python_version()} | _versions(),
         "device": {
             "MLX GPU": "yes" if gpu_available() else "no",
+            "MLX CPU": lend_openblas() or "MLX's own BLAS (on Linux the slow reference)",
             "OpenVINO": _openvino(),
             "used": engine.device,
             "precision": engine.precision,

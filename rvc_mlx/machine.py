@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 # To be set before MLX is imported. Its own limits suit one model with one
@@ -41,6 +44,43 @@ def widen_cuda_caches() -> None:
         return
     folder = cache_folder() / "compiled" / f"cuda-mlx-{version}"
     os.environ.setdefault("MLX_PTX_CACHE_DIR", str(folder))
+
+
+# As the wheel of faiss-cpu carries them, each after those that it needs.
+_FAISS_LIBRARIES = ("libquadmath-*", "libgfortran-*", "libgomp-*", "libopenblas*")
+_SYSTEM_LIBRARY = "libopenblas.so.0"
+
+
+@cache
+def lend_openblas() -> str | None:
+    """Let MLX's CPU back end multiply matrices by OpenBLAS where there is one.
+
+    The Linux wheels of MLX carry the reference BLAS, which is about 30 times slower. The
+    first library that offers a symbol to the whole process serves it, so this must come
+    before MLX is imported; later it has no effect.
+
+    Returns:
+        What was loaded: the library in faiss-cpu's wheel, or the system's; None where
+        there is neither, or MLX was imported before.
+    """
+    if sys.platform != "linux" or "mlx.core" in sys.modules:
+        return None
+    libraries = _openblas_of_faiss() or [_SYSTEM_LIBRARY]
+    try:
+        for name in libraries:
+            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+    return libraries[-1]
+
+
+def _openblas_of_faiss() -> list[str]:
+    spec = importlib.util.find_spec("faiss")
+    if spec is None or spec.origin is None:
+        return []
+    folder = Path(spec.origin).parent.parent / "faiss_cpu.libs"
+    found = [sorted(folder.glob(pattern)) for pattern in _FAISS_LIBRARIES]
+    return [str(paths[0]) for paths in found if paths] if found[-1] else []
 
 
 def processors() -> int:

@@ -49,3 +49,24 @@ def test_they_are_made_before_mlx_is_imported():
     words = [sys.executable, "-c", code]
     run = subprocess.run(words, env=environment, capture_output=True, check=True)
     assert run.stdout.strip() == b"0"
+
+
+@on_linux
+def test_mlx_multiplies_by_openblas_unless_it_was_there_first():
+    pytest.importorskip("faiss")
+    code = (
+        "import sys; {first}; import rvc_mlx; import mlx.core as mx; "
+        "from rvc_mlx.machine import lend_openblas; "
+        "x = mx.arange(12.0).reshape(3, 4); "
+        "maps = open('/proc/self/maps').read(); "
+        "print('libopenblas' in maps, lend_openblas(), (x @ x.T).tolist()[2])"
+    )
+    lines = []
+    for first in ("pass", "import mlx.core"):
+        words = [sys.executable, "-c", code.format(first=first)]
+        run = subprocess.run(words, capture_output=True, check=True, text=True)
+        lines.append(run.stdout.split(maxsplit=2))
+    assert lines[0][0] == "True"
+    assert "libopenblas" in lines[0][1]
+    assert lines[1][:2] == ["False", "None"]
+    assert lines[0][2] == lines[1][2] == "[62.0, 214.0, 366.0]\n"

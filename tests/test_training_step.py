@@ -20,6 +20,7 @@ from rvc_mlx.training.convolutions import (
     dense_weight,
     planar_conv1d,
     planar_conv_transpose1d,
+    tapped_conv1d,
     unfolded_conv1d,
     unfolded_conv_transpose1d,
     with_slope_of,
@@ -601,7 +602,12 @@ def test_ways_of_convolution_agree(taps, stride, dilation, groups, length, rng):
     y = native(x, w)
     back = mx.array(rng.standard_normal(y.shape).astype(np.float32))
     ways = mx.vjp(native, [x, w], [back])[1]
-    for other in (planar, unfolded, dense, mixed):
+
+    def tapped(x, w):
+        return tapped_conv1d(x, w, stride, pad, dilation)
+
+    others = [planar, unfolded, dense, mixed] + [tapped] * (groups == 1)
+    for other in others:
         assert mx.allclose(other(x, w), y, atol=1e-4)
         for own, expected in zip(mx.vjp(other, [x, w], [back])[1], ways, strict=True):
             assert mx.allclose(own, expected, atol=1e-4)
@@ -633,7 +639,7 @@ def test_ways_of_transposed_convolution_agree(taps, stride, pad, more, rng):
             assert mx.allclose(own, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("plain", ["native", "planar", "unfolded", "mixed"])
+@pytest.mark.parametrize("plain", ["native", "planar", "unfolded", "mixed", "tapped"])
 @pytest.mark.parametrize("grouped", ["native", "unfolded", "dense"])
 def test_discriminator_is_the_reference(plain, grouped, rng):
     config = dataclasses.replace(make_config("nsf"), discriminator_width=4)
@@ -666,7 +672,7 @@ def test_unfolded_generator_is_the_generator(name):
     inputs = step_inputs(batch, draw(config, batch, 7, 0))
     weights = folded(make_step(config).generator)
     made = []
-    for way in ("native", "planar", "unfolded", "mixed"):
+    for way in ("native", "planar", "unfolded", "mixed", "tapped"):
         network = training_network(config, way)
         kinds = {type(layer).__name__ for _, layer in network.named_modules()}
         assert ("Conv1d" in kinds) == (way == "native")
@@ -680,6 +686,8 @@ def test_unfolded_generator_is_the_generator(name):
 def test_unknown_formulations_are_refused():
     with pytest.raises(ValueError, match="plain convolutions 'dense'"):
         Convolutions(plain="dense")
+    with pytest.raises(ValueError, match="2 groups given"):
+        tapped_conv1d(mx.zeros((1, 9, 4)), mx.zeros((4, 3, 2)), groups=2)
 
 
 # Parameters

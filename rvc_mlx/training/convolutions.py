@@ -5,21 +5,24 @@ On CUDA, MLX tells the slope of a weight from a plain convolution by the third a
 its arrays: the width, in two dimensions, but the channels, in one. In one dimension
 cuDNN is therefore asked for an output of a few samples by a kernel as long as the
 signal. ``"planar"`` avoids that; ``"mixed"`` takes the weights' slopes as one matrix
-product of unfolded windows.
+product of unfolded windows. On the CPU, MLX computes a dilated convolution number by
+number; ``"tapped"`` makes it a matrix product for each tap, over views of the signal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-_PLAIN = ("native", "planar", "unfolded", "mixed")
+_PLAIN = ("native", "planar", "unfolded", "mixed", "tapped")
 _GROUPED = ("native", "unfolded", "dense")
+Product = Callable[[mx.array, mx.array], mx.array]  # of a signal and a weight
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Convolutions:
 
     Attributes:
         generator: ``"native"`` (the back end's), ``"planar"`` (the same, of an image one
-            row high), ``"unfolded"`` (one matrix product) or ``"mixed"`` (native, with
-            the weights' slopes unfolded).
+            row high), ``"unfolded"`` (one matrix product), ``"mixed"`` (native, with
+            the weights' slopes unfolded) or ``"tapped"`` (a matrix product per tap).
         plain: likewise, for the discriminators' convolutions without groups.
         grouped: for those with groups: ``"native"``, ``"unfolded"`` (one matrix product
             for each group) or ``"dense"`` (groups as blocks of one dense kernel).
@@ -53,6 +56,13 @@ class Convolutions:
                     f"{name} convolutions {getattr(self, name)!r} are unknown; "
                     f"expected one of {allowed}"
                 )
+
+    @classmethod
+    def fitting(cls) -> Convolutions:
+        """The quickest way on MLX's device."""
+        if mx.default_device().type == mx.DeviceType.gpu:
+            return cls()
+        return cls("tapped", "tapped", "unfolded")
 
 
 def unfolded_conv1d(
@@ -79,17 +89,14 @@ def unfolded_conv1d(
     Returns:
         ``[B, (L + 2 * padding - dilation * (K - 1) - 1) // stride + 1, O]``.
     """
-    B, L, C = x.shape
-    outputs, K, _ = weight.shape
-    n = (L + 2 * padding - dilation * (K - 1) - 1) // stride + 1
-    blocks = -(-K // stride)
-    taps = blocks * stride
-    rows = n + dilation * (blocks - 1)
-    x = mx.pad(x, [(0, 0), (padding, max(0, rows * stride - L - padding)), (0, 0)])
-    x = x[:, : rows * stride].reshape(B, rows, stride * C)
+    outputs = len(weight)
+    x, weight = in_blocks(x, weight, stride, padding, dilation)
+    B, rows, C = x.shape[0], x.shape[1], x.shape[2] // stride
+    taps = weight.shape[1]
+    blocks = taps // stride
+    n = rows - dilation * (blocks - 1)
     places = range(0, dilation * blocks, dilation)
     windows = mx.concatenate([x[:, k : k + n] for k in places], axis=-1)
-    weight = mx.pad(weight, [(0, 0), (0, taps - K), (0, 0)])
     if groups == 1:
         y = windows.reshape(B * n, taps * C) @ weight.reshape(outputs, -1).T
         return y.reshape(B, n, outputs)
@@ -97,6 +104,104 @@ def unfolded_conv1d(
     windows = windows.transpose(2, 0, 1, 3).reshape(groups, B * n, -1)
     y = windows @ weight.reshape(groups, outputs // groups, -1).swapaxes(1, 2)
     return y.swapaxes(0, 1).reshape(B, n, outputs)
+
+
+def in_blocks(
+    x: mx.array, weight: mx.array, stride: int, padding: int, dilation: int
+) -> tuple[mx.array, mx.array]:
+    """Signal and kernel in blocks of ``stride`` samples, where the stride is one block.
+
+    Args:
+        x: ``[B, L, C]``.
+        weight: ``[O, K, C / groups]``.
+        stride: samples between windows.
+        padding: zeros on each side.
+        dilation: samples between taps; 1 unless ``stride`` is 1.
+
+    Returns:
+        ``[B, rows, stride * C]``, padded, and the kernel with as many zero taps behind
+        as make K a multiple of ``stride``.
+    """
+    B, L, C = x.shape
+    K = weight.shape[1]
+    n = (L + 2 * padding - dilation * (K - 1) - 1) // stride + 1
+    blocks = -(-K // stride)
+    rows = n + dilation * (blocks - 1)
+    x = mx.pad(x, [(0, 0), (padding, max(0, rows * stride - L - padding)), (0, 0)])
+    x = x[:, : rows * stride].reshape(B, rows, stride * C)
+    return x, mx.pad(weight, [(0, 0), (0, blocks * stride - K), (0, 0)])
+
+
+def tapped_conv1d(
+    x: mx.array,
+    weight: mx.array,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> mx.array:
+    """``mx.conv1d`` as one matrix product for each tap; arguments as `unfolded_conv1d`'s.
+
+    Raises:
+        ValueError: there is more than one group.
+    """
+    if groups != 1:
+        raise ValueError(f"{groups} groups given; a tapped convolution has one")
+    x, weight = in_blocks(x, weight, stride, padding, dilation)
+    return _tapped(dilation)(x, weight.reshape(len(weight), -1, x.shape[-1]))
+
+
+@cache
+def _tapped(dilation: int) -> Product:
+    """Convolution of stride 1 without padding, ``[B, L, C]``, ``[O, K, C]`` to ``[B, n, O]``.
+
+    All items stand behind one another as one signal, so that what a tap sees is a view
+    of whole rows; the windows that cross the border of two items are cut off::
+
+        signal  a a a a a a b b b b b b
+        tap 0   [- - - - - - - - - -]
+        tap 1     [- - - - - - - - - -]      the sum's rows: a a a a x x b b b b
+        tap 2       [- - - - - - - - - -]
+    """
+
+    @mx.custom_function
+    def product(x: mx.array, weight: mx.array) -> mx.array:
+        B, L, _ = x.shape
+        reach = dilation * (weight.shape[1] - 1)
+        y = _sum_of_taps(x.flatten(0, 1), weight, dilation)
+        y = mx.pad(y, [(0, reach), (0, 0)]).reshape(B, L, -1)
+        return y[:, : L - reach]
+
+    @product.vjp
+    def slopes(
+        primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        del output
+        x, weight = primals
+        (B, L, C), K = x.shape, weight.shape[1]
+        reach = dilation * (K - 1)
+        padded = mx.pad(cotangent, [(0, 0), (reach, reach), (0, 0)])
+        backwards = weight[:, ::-1].transpose(2, 1, 0)
+        for_x = _sum_of_taps(padded.flatten(0, 1), backwards, dilation)
+        for_x = mx.pad(for_x, [(0, reach), (0, 0)]).reshape(B, L + reach, C)[:, :L]
+        n = B * L - reach
+        rows = padded[:, reach:].flatten(0, 1)[:n]  # zero where windows cross a border
+        signal = x.flatten(0, 1)
+        taps = [rows.T @ signal[k * dilation : k * dilation + n] for k in range(K)]
+        return for_x, mx.stack(taps, axis=1)
+
+    return cast(Product, product)
+
+
+def _sum_of_taps(signal: mx.array, weight: mx.array, dilation: int) -> mx.array:
+    """``[N, C]`` and ``[O, K, C]`` to ``[N - dilation * (K - 1), O]``."""
+    K = weight.shape[1]
+    n = len(signal) - dilation * (K - 1)
+    y = signal[:n] @ weight[:, 0].T
+    for k in range(1, K):
+        first = k * dilation
+        y = mx.addmm(y, signal[first : first + n], weight[:, k].T)
+    return y
 
 
 def dense_weight(weight: mx.array, groups: int) -> mx.array:
@@ -159,9 +264,6 @@ def unfolded_conv_transpose1d(
     return y[:, padding : padding + wanted]
 
 
-Product = Callable[[mx.array, mx.array], mx.array]
-
-
 def with_slope_of(native: Product, other: Product) -> Product:
     """``native(x, weight)``, whose slope for the weight is computed as ``other``'s.
 
@@ -218,12 +320,14 @@ _WAYS: dict[str, Callable[..., mx.array]] = {
     "planar": planar_conv1d,
     "unfolded": unfolded_conv1d,
     "mixed": mixed_conv1d,
+    "tapped": tapped_conv1d,
     "dense": dense_conv1d,
 }
 _TRANSPOSED_WAYS: dict[str, Callable[..., mx.array]] = {
     "planar": planar_conv_transpose1d,
     "unfolded": unfolded_conv_transpose1d,
     "mixed": mixed_conv_transpose1d,
+    "tapped": unfolded_conv_transpose1d,
 }
 
 

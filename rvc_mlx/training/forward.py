@@ -43,7 +43,7 @@ def training_network(
         model.hidden_channels,
         model.gin_channels,
     )
-    reformulate(network, convolutions, convolutions)
+    reformulate(network, convolutions, grouped="native")  # it has none with groups
     return network
 
 

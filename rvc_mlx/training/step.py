@@ -88,7 +88,7 @@ class TrainStep:
         optimizer: AdamW's numbers, for both networks.
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
         world: devices that share each joint batch; None for one.
-        convolutions: how convolutions are computed; None for the back end's way.
+        convolutions: how convolutions are computed; None for what suits the device.
         compiled: whether to compile the step; None for on a GPU only, since MLX calls a
             C compiler for each fusion on the CPU.
 
@@ -121,7 +121,7 @@ class TrainStep:
         self._optimizer = optimizer or AdamW()
         self._dtype = DTYPES[precision]
         self._world = world
-        convolutions = convolutions or Convolutions()
+        convolutions = convolutions or Convolutions.fitting()
         self._network = training_network(config, convolutions.generator)
         self._judge = Discriminator(config, convolutions)
         self._packings = {part: Packing(names) for part, names in wanted.items()}
