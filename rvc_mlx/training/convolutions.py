@@ -4,8 +4,8 @@ The results are the same, forward and backward; a layer keeps its name and weigh
 On CUDA, MLX tells the slope of a weight from a plain convolution by the third axis of
 its arrays: the width, in two dimensions, but the channels, in one. In one dimension
 cuDNN is therefore asked for an output of a few samples by a kernel as long as the
-signal. ``"planar"`` avoids that; ``"mixed"`` takes the weights' slopes as one matrix
-product of unfolded windows. On the CPU, MLX computes a dilated convolution number by
+signal. ``"planar"`` avoids that; ``"mixed"`` takes the weights' slopes as matrix
+products, one for each tap. On the CPU, MLX computes a dilated convolution number by
 number; ``"tapped"`` makes it a matrix product for each tap, over views of the signal.
 """
 
@@ -31,8 +31,8 @@ class Convolutions:
 
     Attributes:
         generator: ``"native"`` (the back end's), ``"planar"`` (the same, of an image one
-            row high), ``"unfolded"`` (one matrix product), ``"mixed"`` (native, with
-            the weights' slopes unfolded) or ``"tapped"`` (a matrix product per tap).
+            row high), ``"unfolded"`` (one matrix product), ``"tapped"`` (a matrix
+            product per tap) or ``"mixed"`` (native, with the weights' slopes tapped).
         plain: likewise, for the discriminators' convolutions without groups.
         grouped: for those with groups: ``"native"``, ``"unfolded"`` (one matrix product
             for each group) or ``"dense"`` (groups as blocks of one dense kernel).
@@ -289,11 +289,14 @@ def with_slope_of(native: Product, other: Product) -> Product:
     return cast(Product, product)
 
 
-def mixed_conv1d(x: mx.array, weight: mx.array, *settings: int) -> mx.array:
-    """``mx.conv1d`` whose weight's slope is that of `unfolded_conv1d`."""
+def mixed_conv1d(
+    x: mx.array, weight: mx.array, stride: int, padding: int, dilation: int, groups: int
+) -> mx.array:
+    """``mx.conv1d`` with the weight's slope of `tapped_conv1d`, or of the unfolded one."""
+    other = tapped_conv1d if groups == 1 else unfolded_conv1d
+    settings = (stride, padding, dilation, groups)
     product = with_slope_of(
-        lambda x, w: mx.conv1d(x, w, *settings),
-        lambda x, w: unfolded_conv1d(x, w, *settings),
+        lambda x, w: mx.conv1d(x, w, *settings), lambda x, w: other(x, w, *settings)
     )
     return product(x, weight)
 
