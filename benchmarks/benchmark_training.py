@@ -126,9 +126,7 @@ def measure(arguments: argparse.Namespace) -> None:
         calls = [step] if theirs is None else [step, lambda: theirs(batch, draws)]
         times = common.time_calls(calls, arguments.runs)
         row = {"way": way, **vars(WAYS[way])}
-        row |= {
-            n: t.as_dict() for n, t in zip(("ours", "torch"), times, strict=False)
-        }
+        row |= {n: t.as_dict() for n, t in zip(("ours", "torch"), times, strict=False)}
         if theirs:
             row["speedup"] = times[1].median / times[0].median
             errors = {k: abs(first[k] / value - 1) for k, value in expected.items()}
@@ -136,9 +134,7 @@ def measure(arguments: argparse.Namespace) -> None:
         rows.append(row)
     sides = [[r.get(x, {}).get("median_s") for x in ("ours", "torch")] for r in rows]
     last = [[r.get("speedup"), r.get("largest_loss_error")] for r in rows]
-    cells = [
-        [r["way"], *s, *end] for r, s, end in zip(rows, sides, last, strict=True)
-    ]
+    cells = [[r["way"], *s, *end] for r, s, end in zip(rows, sides, last, strict=True)]
     print(common.table(HEADER, cells))
     save(arguments, place, rows)
 
@@ -198,7 +194,9 @@ def main() -> int:
         "--preset", choices=("small", "32k", "40k", "48k"), default="small"
     )
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--frames", type=int, default=300, help="of a clip, 100 a second")
+    parser.add_argument(
+        "--frames", type=int, default=300, help="of a clip, 100 a second"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="f32")
     parser.add_argument(

@@ -72,10 +72,15 @@ def labels(result: Result) -> list[str]:
 LABELS = ("machine", "ours", "PyTorch")
 
 
-def _with_missing(header: tuple[str, ...], rows: list, results: list[Result]) -> str:
+def _with_missing(
+    header: tuple[str, ...],
+    rows: list,
+    results: list[Result],
+    backends: tuple[str, ...] = ("openvino", "cuda", "metal"),
+) -> str:
     """The table, with a row for every kind of device that nobody has measured."""
     measured = {result["sides"]["backend"] for result in results}
-    for backend in ("openvino", "cuda", "metal"):
+    for backend in backends:
         if backend not in measured:
             blank = ["not measured"] * (len(header) - len(LABELS))
             rows.append(["-", BACKENDS[backend], "-", *blank])
@@ -151,6 +156,28 @@ def rvc_full(results: list[Result]) -> str:
     """Complete synthesis."""
     columns = {"audio, s": _of("seconds"), **TIMES, **ERRORS}
     return rows_table(results, "rvc_full", columns)
+
+
+def training(results: list[Result]) -> str:
+    """One step of both networks."""
+    found = [
+        r | {"rows": [row | r["options"] | _blas(r) for row in r["rows"]]}
+        for r in chosen(results, "training")
+    ]
+    columns = {n: _of(n) for n in ("preset", "batch_size", "blas", "way")}
+    columns |= TIMES | {"largest loss error": _of("largest_loss_error")}
+    rows = [
+        [*labels(r), *(column(row) for column in columns.values())]
+        for r in found
+        for row in r["rows"]
+    ]
+    header = (*LABELS, *(name.replace("_", " ") for name in columns))
+    return _with_missing(header, rows, found, ("mlx-cpu", "cuda", "metal"))
+
+
+def _blas(result: Result) -> dict[str, str]:
+    on_gpu = result["sides"]["backend"] in ("cuda", "metal")
+    return {"blas": "-" if on_gpu else result["sides"]["blas"]}
 
 
 def audio_parity(results: list[Result]) -> str:

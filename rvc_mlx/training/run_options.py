@@ -21,7 +21,7 @@ class RunOptions:
         save_minutes: minutes between saves of the state.
         patience: stop after so many validations without a better score; 0 for never.
         log_steps: steps between rows of the log.
-    validate_every: epochs between validations; the last epoch always has one.
+        validate_every: epochs between validations; the last epoch always has one.
     """
 
     epochs: int = 200
