@@ -27,11 +27,13 @@ from rvc_mlx.loading import read_weights
 from rvc_mlx.models import rmvpe
 from rvc_mlx.models.layers import load_strictly
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
-from rvc_mlx.pitch import FRAME_LENGTH, estimate_f0
+from rvc_mlx.pitch import FRAME_LENGTH, VOICING_THRESHOLD, estimate_f0
 
 log = logging.getLogger("recipes")
 
-Tracker = Callable[[np.ndarray], np.ndarray]  # [n] at 16 kHz to [n // 160 + 1] Hz
+# [n] at 16 kHz to [n // 160 + 1] Hz. As in mir_eval, a tracker's guess where it hears no
+# voice is negative, and 0 where it has none.
+Tracker = Callable[[np.ndarray], np.ndarray]
 
 _LONGEST = 6 * SAMPLE_RATE  # samples of a clip
 
@@ -82,24 +84,32 @@ def add_noise(
 
 
 def score(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
-    """Errors of one F0 against another, both ``[T]`` Hz with 0 where unvoiced.
+    """Errors of one F0 against another.
+
+    Args:
+        truth: ``[T]`` Hz, 0 where unvoiced.
+        found: ``[T]`` of a `Tracker`.
 
     Returns:
-        ``rpa``: share of truly voiced frames found within 50 cents; ``vde``: frames with
-        the wrong voicing; ``missed`` and ``false``: its two kinds, of the voiced and of
-        the unvoiced; ``octave``: co-voiced frames that are off by about one or more
-        octaves (within 100 cents of a multiple of 1200); ``cents``: median error of
-        co-voiced frames.
+        ``rpa``: raw pitch accuracy, share of truly voiced frames found within 50 cents,
+        guesses included; ``rpa_heard``: the same without them; ``vde``: frames with the
+        wrong voicing; ``missed`` and ``false``: its two kinds, of the voiced and of the
+        unvoiced; ``octave``: co-voiced frames that are off by about one or more octaves
+        (within 100 cents of a multiple of 1200); ``cents``: median error of co-voiced
+        frames.
     """
     T = min(len(truth), len(found))
     truth, found = truth[:T], found[:T]
     voiced, heard = truth > 0, found > 0
-    both = voiced & heard
-    cents = np.abs(1200 * np.log2(found[both] / truth[both]))
+    guess = np.where(found == 0, 1.0, np.abs(found))
+    error = np.abs(1200 * np.log2(guess / np.where(voiced, truth, 1.0)))
+    right = voiced & (error < 50)
+    cents = error[voiced & heard]
     octaves = np.round(cents / 1200)
     wrong = (octaves >= 1) & (np.abs(cents - 1200 * octaves) < 100)
     return {
-        "rpa": float((cents < 50).sum() / max(voiced.sum(), 1)),
+        "rpa": float(right.sum() / max(voiced.sum(), 1)),
+        "rpa_heard": float((right & heard).sum() / max(voiced.sum(), 1)),
         "vde": float((voiced != heard).mean()),
         "missed": float((voiced & ~heard).sum() / max(voiced.sum(), 1)),
         "false": float((heard & ~voiced).sum() / max((~voiced).sum(), 1)),
@@ -116,13 +126,26 @@ def network_tracker(path: Path) -> Tracker:
     load_strictly(network, tensors)
 
     def track(audio: np.ndarray) -> np.ndarray:
-        return estimate_f0(
-            lambda mel: np.array(network(mx.array(mel))),
-            lambda start, stop: audio[start:stop],
-            len(audio),
-            config.n_mels,
-            frames_multiple=1 << config.levels,
+        seen: dict[bytes, np.ndarray] = {}
+
+        def salience(mel: np.ndarray) -> np.ndarray:
+            key = mel.tobytes()
+            if key not in seen:
+                seen[key] = np.array(network(mx.array(mel)))
+            return seen[key]
+
+        heard, guess = (
+            estimate_f0(
+                salience,
+                lambda start, stop: audio[start:stop],
+                len(audio),
+                config.n_mels,
+                threshold,
+                frames_multiple=1 << config.levels,
+            )
+            for threshold in (VOICING_THRESHOLD, 0.0)
         )
+        return np.where(heard > 0, heard, -guess)
 
     return track
 
@@ -153,7 +176,8 @@ def swift_tracker() -> Tracker:
             return np.zeros(len(times))
         log_f0 = np.log(np.asarray(result.pitch_hz)[voiced])
         nearest = np.abs(times[:, None] - own).argmin(axis=1)
-        return np.exp(np.interp(times, own[voiced], log_f0)) * voiced[nearest]
+        sign = np.where(voiced[nearest], 1, -1)
+        return sign * np.exp(np.interp(times, own[voiced], log_f0))
 
     return track
 
@@ -176,7 +200,7 @@ def crepe_tracker() -> Tracker:
             model="tiny",
             return_periodicity=True,
         )
-        return np.where(sure[0].numpy() > 0.21, f0[0].numpy(), 0)
+        return np.where(sure[0].numpy() > 0.21, 1, -1) * f0[0].numpy()
 
     return track
 

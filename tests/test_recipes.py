@@ -627,13 +627,14 @@ def test_exported_convolutions_are_in_torch_layout():
 
 
 def test_scores_count_each_kind_of_error():
-    truth = np.array([100.0, 100, 100, 100, 0, 0])
-    found = np.array([100.0, 103.5, 200, 0, 100, 0])
+    truth = np.array([100.0, 100, 100, 100, 100, 0, 0, 0])
+    found = np.array([100.0, 103.5, 200, 0, -101, 100, -100, 0])
     scores = evaluate_pitch.score(truth, found)
-    assert scores["rpa"] == pytest.approx(1 / 4)
-    assert scores["vde"] == pytest.approx(2 / 6)
-    assert scores["missed"] == pytest.approx(1 / 4)
-    assert scores["false"] == pytest.approx(1 / 2)
+    assert scores["rpa"] == pytest.approx(2 / 5)
+    assert scores["rpa_heard"] == pytest.approx(1 / 5)
+    assert scores["vde"] == pytest.approx(3 / 8)
+    assert scores["missed"] == pytest.approx(2 / 5)
+    assert scores["false"] == pytest.approx(1 / 3)
     assert scores["octave"] == pytest.approx(1 / 3)
 
 
