@@ -10,10 +10,11 @@ the first step are compared. Ours is timed once for each way to compute convolut
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-if "--reference-blas" in sys.argv:  # imported first, MLX keeps the BLAS of its wheel
-    import mlx.core  # noqa: F401
+if "--reference-blas" in sys.argv:  # to be said before the first import
+    os.environ["RVC_MLX_OPENBLAS"] = "0"
 
 import common
 import mlx.core as mx

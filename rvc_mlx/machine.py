@@ -57,13 +57,14 @@ def lend_openblas() -> str | None:
 
     The Linux wheels of MLX carry the reference BLAS, which is about 30 times slower. The
     first library that offers a symbol to the whole process serves it, so this must come
-    before MLX is imported; later it has no effect.
+    before MLX is imported; later it has no effect. ``RVC_MLX_OPENBLAS=0`` forbids it.
 
     Returns:
         What was loaded: the library in faiss-cpu's wheel, or the system's; None where
-        there is neither, or MLX was imported before.
+        there is neither, MLX was imported before, or it is forbidden.
     """
-    if sys.platform != "linux" or "mlx.core" in sys.modules:
+    forbidden = os.environ.get("RVC_MLX_OPENBLAS") == "0"
+    if sys.platform != "linux" or "mlx.core" in sys.modules or forbidden:
         return None
     libraries = _openblas_of_faiss() or [_SYSTEM_LIBRARY]
     try:
