@@ -799,6 +799,11 @@ def test_initial_parameters_are_torch_defaults():
             assert np.abs(value).max() <= bound, name
             assert value.size < 200 or value.std() > 0.5 * bound, name
     assert tensors["emb_g.weight"].std() == pytest.approx(1, abs=0.3)
+    # The harmonic source is heard from the start, whatever the seed.
+    assert tensors["dec.m_source.l_linear.weight"] == 1
+    assert tensors["dec.m_source.l_linear.bias"] == 0
+    mrf, _ = initial(make_config("mrf"), 5)  # of several harmonics some are always heard
+    assert len(np.unique(to_torch(mrf)["dec.m_source.l_linear.weight"])) > 1
     again, other = initial(config, 5)[0], initial(config, 6)[0]
     assert all(mx.array_equal(generator[k], again[k]) for k in generator)
     assert not mx.array_equal(generator["emb_g.weight"], other["emb_g.weight"])

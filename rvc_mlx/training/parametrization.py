@@ -198,6 +198,8 @@ def initial(config: TrainingConfig, seed: int) -> tuple[Parameters, Parameters]:
 
     The flow's last convolutions are 0, so that it starts as the identity; queries, keys
     and values are Xavier uniform; relative positions have deviation ``width ** -0.5``.
+    Unlike upstream's, a single harmonic's weight before the tanh is 1: a random one is
+    near 0 for some seeds, and the vocoder then learns to do without the pitch.
 
     Args:
         config: sizes.
@@ -226,13 +228,21 @@ def _draw_all(names: Mapping[str, tuple[int, ...]], seed: int) -> Parameters:
     return {name: mx.array(values[name].astype(np.float32)) for name in names}
 
 
+_SOURCE = "dec.m_source.l_linear.weight"
+
+
 def _draw(
     name: str, names: Mapping[str, tuple[int, ...]], rng: np.random.Generator
 ) -> np.ndarray:
     shape = names[name]
-    if name.endswith("gamma"):
+    source = names.get(_SOURCE) == (1, 1) and name.startswith("dec.m_source.")
+    if name.endswith("gamma") or (source and name == _SOURCE):
         return np.ones(shape)
-    if name.endswith("beta") or re.fullmatch(r"flow\.flows\.\d+\.post\..*", name):
+    if (
+        name.endswith("beta")
+        or source
+        or re.fullmatch(r"flow\.flows\.\d+\.post\..*", name)
+    ):
         return np.zeros(shape)
     if "emb_rel" in name:
         return rng.standard_normal(shape) / np.sqrt(shape[-1])
