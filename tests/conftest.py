@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import rvc_mlx  # noqa: F401 (before any mlx, so that OpenBLAS serves it)
+
 ROOT = Path(__file__).parents[1]
 TEST_MODELS = ROOT / ".test-models"
 
