@@ -99,7 +99,8 @@ def examine(device: str, precision: str) -> tuple[dict[str, dict[str, Any]], boo
         "versions": {"python": platform.python_version()} | _versions(),
         "device": {
             "MLX GPU": "yes" if gpu_available() else "no",
-            "MLX CPU": lend_openblas() or "MLX's own BLAS (on Linux the slow reference)",
+            "MLX CPU": lend_openblas()
+            or "MLX's own BLAS (on Linux the slow reference)",
             "OpenVINO": _openvino(),
             "used": engine.device,
             "precision": engine.precision,

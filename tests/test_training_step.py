@@ -802,7 +802,8 @@ def test_initial_parameters_are_torch_defaults():
     # The harmonic source is heard from the start, whatever the seed.
     assert tensors["dec.m_source.l_linear.weight"] == 1
     assert tensors["dec.m_source.l_linear.bias"] == 0
-    mrf, _ = initial(make_config("mrf"), 5)  # of several harmonics some are always heard
+    # Of several harmonics some always are.
+    mrf, _ = initial(make_config("mrf"), 5)
     assert len(np.unique(to_torch(mrf)["dec.m_source.l_linear.weight"])) > 1
     again, other = initial(config, 5)[0], initial(config, 6)[0]
     assert all(mx.array_equal(generator[k], again[k]) for k in generator)
