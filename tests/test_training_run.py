@@ -616,7 +616,9 @@ def test_validation_compares_speakers_where_it_can(data, monkeypatch):
     module.preprocess_wav = lambda wave, rate: wave
     module.__spec__ = object()
     monkeypatch.setitem(sys.modules, "resemblyzer", module)
-    values = Validator(CONFIG, batches_of(data), 2)(tiny_generator()).values
+    quiet = tiny_generator()
+    quiet["dec.conv_post.weight"] = 0.1 * quiet["dec.conv_post.weight"]
+    values = Validator(CONFIG, batches_of(data), 2)(quiet).values
     np.testing.assert_allclose(values["validation/similarity"], 0.6)
 
 
@@ -1043,7 +1045,7 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(data, tmp_path):
             # Sums over a batch are taken in another order; some gradients are 0 but for
             # rounding (the bias of keys: softmax does not see it).
             scale = np.abs(wanted).max(initial=0)
-            allowed = 1e-5 * scale + 1e-7 * largest[name[0]]
+            allowed = 3e-5 * scale + 3e-7 * largest[name[0]]
             assert np.abs(first - wanted).max(initial=0) <= allowed, name
             compared += scale > 1e-3 * largest[name[0]]
     assert compared > 100
