@@ -76,7 +76,10 @@ def lend_openblas() -> str | None:
 
 
 def _openblas_of_faiss() -> list[str]:
-    spec = importlib.util.find_spec("faiss")
+    try:
+        spec = importlib.util.find_spec("faiss")
+    except ImportError:  # hidden from this process
+        return []
     if spec is None or spec.origin is None:
         return []
     folder = Path(spec.origin).parent.parent / "faiss_cpu.libs"
