@@ -1,7 +1,7 @@
 """One training step: discriminator and generator, forward, backward and AdamW.
 
     python benchmarks/benchmark_training.py [--preset 48k] [--batch-size 8] [--runs N]
-        [--ways native,planar] [--precision bf16] [--frames 300] [--reference-blas]
+        [--ways native,batched] [--precision bf16] [--frames 300] [--reference-blas]
 
 Both sides start from the same weights and get the same batch and noise; the losses of
 the first step are compared. Ours is timed once for each way to compute convolutions.
@@ -36,9 +36,8 @@ from rvc_reference.synthesizer import Synthesizer
 WAYS = {
     "fitting": Convolutions.fitting(),
     "native": Convolutions(),
-    "planar": Convolutions("planar", "planar", "dense"),
+    "batched": Convolutions("batched", "batched", "windowed"),
     "unfolded": Convolutions("unfolded", "unfolded", "unfolded"),
-    "mixed": Convolutions("mixed", "mixed", "unfolded"),
     "tapped": Convolutions("tapped", "tapped", "unfolded"),
 }
 HEADER = ("convolutions", "ours s", "PyTorch s", "speed-up", "largest loss error")
