@@ -166,6 +166,7 @@ def save(arguments: argparse.Namespace, place: Place, rows: list[dict]) -> None:
     }
     name = f"training-{arguments.preset}"
     name += "-reference_blas" if arguments.reference_blas else ""
+    machine = common.environment()
     content = {
         "benchmark": name,
         "sides": sides,
@@ -175,10 +176,11 @@ def save(arguments: argparse.Namespace, place: Place, rows: list[dict]) -> None:
             "frames": arguments.frames,
             "compiled": arguments.compiled,
         },
-        "environment": common.environment(),
+        "environment": machine,
         "rows": rows,
     }
-    common.write_json(arguments.output, f"{name}-{backend}-{precision}", content)
+    file = f"{name}-{common.machine_name(backend, machine)}-{precision}"
+    common.write_json(arguments.output, file, content)
 
 
 def chosen_ways(text: str) -> list[str]:

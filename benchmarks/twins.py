@@ -15,7 +15,14 @@ from typing import Any
 
 import mlx.core as mx
 import torch
-from common import TEST_MODELS, Models, describe_files, environment, write_json
+from common import (
+    TEST_MODELS,
+    Models,
+    describe_files,
+    environment,
+    machine_name,
+    write_json,
+)
 from torch_side import Place
 
 from rvc_mlx.engine import (
@@ -46,13 +53,18 @@ class Sides:
     precision: str
     torch: Place
 
-    @property
-    def name(self) -> str:
-        """For result files: back end, precision, PyTorch's if it is not the same."""
+    def name(self, facts: Mapping[str, Any]) -> str:
+        """For result files: machine and precision; PyTorch's where it is not usual.
+
+        Args:
+            facts: the machine, as of ``environment``.
+        """
+        usual = {"cuda": "cuda", "metal": "mps"}.get(self.backend, "cpu")
         alike = {"f32": "f32", "tf32": "tf32"}.get(self.precision, "f32")
-        ours = f"{self.backend}-{self.precision}"
-        theirs = self.torch.precision
-        return ours if theirs == alike else f"{ours}-v-{theirs}"
+        ours = f"{machine_name(self.backend, facts)}-{self.precision}"
+        theirs = [] if self.torch.device.type == usual else [self.torch.device.type]
+        theirs += [] if self.torch.precision == alike else [self.torch.precision]
+        return "-v-".join([ours, *["-".join(theirs)] * bool(theirs)])
 
     def record(self) -> dict[str, str]:
         """For a result file."""
@@ -162,7 +174,7 @@ def main_for_each(
         subprocess.run([sys.executable, *sys.argv, "--precision", precision])
         for precision in distinct.values()
     ]
-    return max(run.returncode for run in runs)
+    return 1 if any(run.returncode for run in runs) else 0  # below 0: killed
 
 
 def save(
@@ -178,14 +190,16 @@ def save(
         for key, value in vars(arguments).items()
         if key not in ("output", "output_dir")
     }
+    machine = environment()
     facts = {
         "benchmark": name,
         "sides": sides.record(),
-        "environment": environment(),
+        "environment": machine,
         "options": options,
         "models": describe_files(files),
     }
-    return write_json(arguments.output, f"{name}-{sides.name}", facts | content)
+    file = f"{name}-{sides.name(machine)}"
+    return write_json(arguments.output, file, facts | content)
 
 
 def converter(files: Models, sides: Sides) -> VoiceConverter:
