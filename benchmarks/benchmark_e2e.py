@@ -58,7 +58,7 @@ class Runner:
         """Convert a clip in a fresh process; ``cold_s`` counts from its start.
 
         Raises:
-            RuntimeError: it failed, with its last words.
+            ChildProcessError: it failed, with its last words.
         """
         source = self.folder / f"{seconds:g}.wav"
         if not source.exists():
@@ -71,7 +71,7 @@ class Runner:
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         if done.returncode:
             last = "\n".join(done.stderr.strip().splitlines()[-3:])
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"{side}, {seconds:g} s: the process ended with {done.returncode} "
                 f"(-9: out of memory): {last}"
             )
@@ -231,8 +231,7 @@ def main() -> int:
         help="longest clip for PyTorch, whose memory grows with it (default: 600)",
     )  # fmt: skip
     arguments = parser.parse_args()
-    measure(arguments, choose_sides(arguments))
-    return 0
+    return common.exit_code(lambda: measure(arguments, choose_sides(arguments)))
 
 
 if __name__ == "__main__":

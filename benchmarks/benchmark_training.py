@@ -196,11 +196,11 @@ def main() -> int:
     parser.add_argument(
         "--preset", choices=("small", "32k", "40k", "48k"), default="small"
     )
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=common.whole, default=4)
     parser.add_argument(
-        "--frames", type=int, default=300, help="of a clip, 100 a second"
+        "--frames", type=common.whole, default=300, help="of a clip, 100 a second"
     )
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=common.whole, default=5)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="f32")
     parser.add_argument(
         "--ways", type=chosen_ways, default=["fitting"], metavar="LIST",
@@ -224,4 +224,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(common.exit_code(main))

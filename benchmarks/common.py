@@ -277,6 +277,17 @@ def runs_at(seconds: float, runs: int) -> int:
     return min(runs, LONG_RUNS) if seconds >= LONG else runs
 
 
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Run a script: what it ends with; bad input gives one line on stderr, and 1."""
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        named = isinstance(error, OSError) and error.strerror and error.filename
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return 1
+
+
 def run_checks(checks: Sequence[Callable[[], None]]) -> int:
     """Run test functions as a script: a table, and 1 if any of them failed."""
     rows = []

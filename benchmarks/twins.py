@@ -20,6 +20,7 @@ from common import (
     Models,
     describe_files,
     environment,
+    exit_code,
     machine_name,
     write_json,
 )
@@ -159,8 +160,19 @@ def main_for_each(
     """Run a script: once per distinct precision, each in a process of its own.
 
     TF32 is decided once per process, and memory of one would count for the next.
+
+    Returns:
+        Its exit code; 1 and a line on stderr for bad input.
     """
     arguments = parser.parse_args()
+    return exit_code(lambda: _measure_each(arguments, measure, keep))
+
+
+def _measure_each(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Sides], int | None],
+    keep: bool,
+) -> int:
     distinct = distinct_precisions(arguments)
     if len(distinct) == 1:
         sides = choose_sides(arguments, keep)
