@@ -138,7 +138,10 @@ def main() -> int:
     common.add_sides(parser)
     parser.add_argument("--audio", type=Path, metavar="F", help="default: bundled clip")
     parser.add_argument(
-        "--seconds", type=float, default=0, help="repeat or cut to this (default: all)"
+        "--seconds",
+        type=common.seconds,
+        default=0.0,
+        help="repeat or cut to this (default: all)",
     )
     parser.add_argument(
         "--save-outputs", action="store_true", help="wavs and a picture"

@@ -102,4 +102,4 @@ CHECKS = (
 )
 
 if __name__ == "__main__":
-    raise SystemExit(common.run_checks(CHECKS))
+    raise SystemExit(common.exit_code(lambda: common.run_checks(CHECKS)))

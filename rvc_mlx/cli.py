@@ -531,6 +531,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     given = arguments
     if given.output and Path(given.output).exists() and not given.force:
         raise FileExistsError(f"{given.output} exists; pass --force to overwrite it")
+    if given.output and not Path(given.output).parent.is_dir():
+        raise FileNotFoundError(
+            f"{given.output}: there is no such folder; make it first"
+        )
     files = BenchFiles(given.voice, given.index, given.encoder, given.rmvpe)
     report = run_benchmark(
         files, given.seconds, given.runs, given.device, given.precision

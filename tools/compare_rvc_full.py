@@ -47,7 +47,7 @@ def main() -> int:
     )
     parser.add_argument("--audio", type=Path, metavar="F", help="default: bundled clip")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of the clip (default: 5)"
+        "--seconds", type=common.seconds, default=5.0, help="of the clip (default: 5)"
     )
     return main_for_each(parser, measure)
 
