@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 import scipy.fft
 
 from rvc_mlx.audio import SAMPLE_RATE
-from rvc_mlx.machine import processors
+from rvc_mlx.machine import in_parallel
 
 N_FFT = 1024  # samples, also the window length
 HOP_LENGTH = 160  # samples: 100 frames per second
@@ -19,7 +18,6 @@ LOG_FLOOR = 1e-5  # smallest mel magnitude before the logarithm
 # Frames transformed at once, and bands summed at once: all of it stays in the cache, and
 # the products are too small for the BLAS to start threads of its own.
 _FRAMES_PER_BLOCK, _BANDS_PER_PRODUCT = 128, 16
-_MOST_THREADS = 16
 
 
 @cache
@@ -119,11 +117,6 @@ def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
         np.maximum(sums, LOG_FLOOR, out=sums)
         mel[start:stop] = np.log(sums, out=sums)
 
-    starts = range(0, frames, _FRAMES_PER_BLOCK)
-    if len(starts) == 1:
-        transform(0)
-    else:
-        threads = min(_MOST_THREADS, processors(), len(starts))
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(transform, starts))
+    for _ in in_parallel(transform, range(0, frames, _FRAMES_PER_BLOCK)):
+        pass
     return mel
