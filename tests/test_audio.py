@@ -9,10 +9,10 @@ from scipy import signal
 from rvc_mlx.audio import high_pass, high_pass_spool, resample, resample_blocks
 from rvc_mlx.loudness import (
     Envelope,
+    LoudnessMatch,
     SilenceGate,
     limit_gain,
     match_loudness,
-    match_loudness_blocks,
     normalize_gain,
     peak,
     rms_points,
@@ -294,8 +294,10 @@ def test_match_loudness_follows_the_formula(rng, rate):
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, expected, rtol=2e-6)  # float32
     points = centred_rms(source, 8000), centred_rms(y, 1000)
-    blocks = match_loudness_blocks(cut(y, rng, 700), *points, 4000, rate)
-    np.testing.assert_allclose(np.concatenate(list(blocks)), got, rtol=1e-6)
+    match = LoudnessMatch(*points, 4000, rate)
+    edges = [0, 1, 700, 700, 2900, 4000]
+    pieces = [match.apply(y[a:b], a) for a, b in pairwise(edges)]
+    np.testing.assert_allclose(np.concatenate(pieces), got, rtol=1e-6)
 
 
 def test_match_loudness_edges():
@@ -342,6 +344,10 @@ def test_gate_is_the_same_in_pieces(rng, rate):
     pieces = [gate.gain(a, b, rate) for a, b in pairwise(edges)]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
     assert np.count_nonzero(np.diff(whole < 1)) == 4  # two silences
+    sound = noise(rng, total)
+    gated = [gate.apply(sound[a:b], a, rate) for a, b in pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate(gated), sound * whole)
+    assert gate.apply(sound[:10], 0, rate).base is sound  # not copied for nothing
 
 
 def test_gate_leaves_short_silence_and_quiet_sound(rng):
