@@ -26,6 +26,7 @@ from rvc_mlx import bench
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.bench import Timing, peak_memory, time_calls
 from rvc_mlx.checkpoint import hash_file
+from rvc_mlx.loading import file_in_folder
 
 __all__ = ["Timing", "peak_memory", "time_calls"]
 
@@ -220,9 +221,12 @@ def _commit() -> dict[str, Any]:
 
 
 def describe_files(files: Mapping[str, Path | None]) -> dict[str, dict[str, str]]:
-    """Name and hash of every file, for the record."""
+    """Name and hash of every file, for the record; of a folder, its weight file's."""
     return {
-        kind: {"file": path.name, "sha256": hash_file(path)}
+        kind: {
+            "file": path.name,
+            "sha256": hash_file(file_in_folder(path) if path.is_dir() else path),
+        }
         for kind, path in files.items()
         if path is not None
     }
