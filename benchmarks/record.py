@@ -15,6 +15,7 @@ from typing import Any
 
 from rvc_mlx import bench
 from rvc_mlx.checkpoint import hash_file
+from rvc_mlx.loading import file_in_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 # What the name of a processor says beside its model.
@@ -74,7 +75,7 @@ def describe_files(files: Mapping[str, Path | None]) -> dict[str, dict[str, str]
 @functools.cache
 def _hash_once(path: Path) -> str:
     """Of a file, or of the weights in a folder of transformers."""
-    return hash_file(path / "pytorch_model.bin" if path.is_dir() else path)
+    return hash_file(file_in_folder(path) if path.is_dir() else path)
 
 
 def machine_name(backend: str, facts: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """The conversion: one way from a recording to the same words in another voice.
 
-Everything streams: the recording lies in a temporary file, segments go through the
-networks one by one, and the steps that need the whole file (peak, high-pass, loudness,
-limit) are passes over such files. An hour costs no more memory than ten minutes.
+Everything streams: segments go through the networks one by one, and the steps that need
+the whole recording (peak, high-pass, loudness, limit) are passes over spools, which move
+from memory to temporary files when they grow long. An hour costs no more memory than ten
+minutes.
 """
 
 from __future__ import annotations
@@ -127,11 +128,9 @@ class VoiceConverter:
         """
         options = options or ConversionOptions()
         audio = _as_mono(audio)
-        with Spool() as source:
-            source.append(resample(audio, sample_rate, SAMPLE_RATE))
+        with Spool.around(resample(audio, sample_rate, SAMPLE_RATE)) as source:
             job = Job(self._nets(), source, len(audio), sample_rate, options, noise, f0)
-            blocks = list(job.run())
-        return Conversion(np.concatenate(blocks), job.output_rate)
+            return Conversion(job.whole(), job.output_rate)
 
     def convert_file(
         self,
@@ -236,6 +235,6 @@ def _as_mono(audio: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"audio has shape {audio.shape}; expected [samples] or [samples, channels]"
         )
-    if not np.isfinite(audio).all():
+    if len(audio) and not np.isfinite([audio.min(), audio.max()]).all():
         raise ValueError("audio holds NaN or infinite samples; expected -1..1")
     return audio
