@@ -2,7 +2,8 @@
 
 Phones: share of right frames per speaker, by the classifier that was trained with the
 encoder. Speaker: how often a linear classifier names who speaks from the mean of an
-utterance's features, beside the same on log-mel.
+utterance's features, and from their mean and spread, beside the same on log-mel. Where
+features are freed of their mean over time, only the second number says something.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ log = logging.getLogger("recipes")
 
 _SHORTEST, _LONGEST = 16000, 8 * 16000  # samples of a clip
 Features = Callable[[np.ndarray], np.ndarray]  # [n] at 16 kHz to [F, C]
+Summary = Callable[[np.ndarray], np.ndarray]  # [F, C] to what the probe sees of it
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,33 @@ def frame_accuracy(
     return float(right[known].mean()), float(right[speech].mean())
 
 
-def speaker_probe(features: Features, speakers: Sequence[Clips]) -> float:
-    """How often a linear classifier of utterance means names the speaker.
+def mean_over_time(features: np.ndarray) -> np.ndarray:
+    """``[F, C]`` to ``[C]``."""
+    return features.mean(axis=0)
+
+
+def mean_and_spread(features: np.ndarray) -> np.ndarray:
+    """``[F, C]`` to ``[2 C]``: mean, then standard deviation over time."""
+    return np.concatenate([features.mean(axis=0), features.std(axis=0)])
+
+
+SUMMARIES: dict[str, Summary] = {
+    "": mean_over_time,
+    "_mean_and_spread": mean_and_spread,
+}
+
+
+def speaker_probe(
+    features: Features, speakers: Sequence[Clips], summary: Summary = mean_over_time
+) -> float:
+    """How often a linear classifier of whole utterances names the speaker.
 
     Every second clip trains it, the others count.
+
+    Args:
+        features: what is probed.
+        speakers: their clips.
+        summary: what the classifier sees of an utterance's features.
 
     Raises:
         ValueError: a speaker has fewer than two clips.
@@ -113,16 +138,31 @@ def speaker_probe(features: Features, speakers: Sequence[Clips]) -> float:
                 f"{clips.speaker}: {len(clips.audio)} clips of 1 s or more; the speaker "
                 "probe needs 2, leave the speaker out with --speakers"
             )
-    means = [
-        np.stack([features(x).mean(axis=0) for x in clips.audio]) for clips in speakers
+    seen = [
+        np.stack([summary(features(x)) for x in clips.audio]).astype(np.float64)
+        for clips in speakers
     ]
-    owner = np.concatenate([np.full(len(m), i) for i, m in enumerate(means)])
-    second = np.concatenate([np.arange(len(m)) % 2 == 1 for m in means])
-    x = np.concatenate(means).astype(np.float64)
+    owner = np.concatenate([np.full(len(s), i) for i, s in enumerate(seen)])
+    second = np.concatenate([np.arange(len(s)) % 2 == 1 for s in seen])
+    x = np.concatenate(seen)
     x = (x - x[~second].mean(axis=0)) / (x[~second].std(axis=0) + 1e-9)
     weights = logistic_regression(x[~second], owner[~second], len(speakers))
     named = np.argmax(_with_one(x[second]) @ weights, axis=1)
     return float((named == owner[second]).mean())
+
+
+def speaker_report(listener: Listener, speakers: Sequence[Clips]) -> dict[str, float]:
+    """The probe on features and on log-mel, by each summary, beside guessing."""
+    probed: dict[str, Features] = {
+        "features": listener.features,
+        "log_mel": lambda x: log_mel(x, 80),
+    }
+    report = {
+        name + suffix: speaker_probe(features, speakers, summary)
+        for name, features in probed.items()
+        for suffix, summary in SUMMARIES.items()
+    }
+    return report | {"chance": 1 / len(speakers)}
 
 
 def logistic_regression(
@@ -187,11 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         "encoder": options.encoder.name,
         "clips_per_speaker": options.clips,
         "frame_accuracy": phones,
-        "speaker_named": {
-            "features": speaker_probe(listener.features, speakers),
-            "log_mel": speaker_probe(lambda x: log_mel(x, 80), speakers),
-            "chance": 1 / len(speakers),
-        },
+        "speaker_named": speaker_report(listener, speakers),
     }
     text = json.dumps(report, indent=1)
     log.info(text)

@@ -665,6 +665,23 @@ def test_the_speaker_probe_finds_a_leak_and_only_a_leak(rng):
     assert evaluate_content.speaker_probe(clean, clips) < 0.5
 
 
+def test_a_speaker_without_a_mean_is_found_by_the_spread(rng):
+    clips = [
+        evaluate_content.Clips(str(i), [rng.standard_normal(9) for _ in range(30)], [])
+        for i in range(4)
+    ]
+    owner = {id(x): i for i, c in enumerate(clips) for x in c.audio}
+
+    def centred(x):
+        features = (1 + owner[id(x)]) * rng.standard_normal((200, 2))
+        return features - features.mean(axis=0)
+
+    spread = evaluate_content.mean_and_spread
+    assert evaluate_content.speaker_probe(centred, clips) < 0.5
+    assert evaluate_content.speaker_probe(centred, clips, spread) > 0.9
+    assert spread(np.array([[1.0, 0], [3.0, 0]])).tolist() == [2, 0, 1, 0]
+
+
 # Commands
 
 
@@ -694,7 +711,11 @@ def test_the_content_command_trains_resumes_and_exports(tmp_path):
     assert metadata["licences_of_voices"] == "CMU permissive"
     report = tmp_path / "report.json"
     evaluate_content.main([str(out), str(tmp_path / "c"), "--report", str(report)])
-    assert set(json.loads(report.read_text())["frame_accuracy"]) == {"awb", "kal"}
+    facts = json.loads(report.read_text())
+    assert set(facts["frame_accuracy"]) == {"awb", "kal"}
+    probes = {"features", "log_mel"}
+    probes |= {f"{name}_mean_and_spread" for name in probes}
+    assert set(facts["speaker_named"]) == {*probes, "chance"}
     again = tmp_path / "again.safetensors"
     command[2] = str(tmp_path / "other")
     more = ["--minutes", "0", "--start", str(out), "--export", str(again)]
