@@ -17,12 +17,14 @@ class Report:
         samples: samples written.
         sample_rate: of the result, Hz.
         stages: seconds spent per stage.
+        joins: where windows or segments meet in the result, seconds from its start.
     """
 
     seconds: float = 0.0
     samples: int = 0
     sample_rate: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    joins: list[float] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
