@@ -76,10 +76,17 @@ def start_from(path: Path, network: nn.Module, kind: str) -> None:
     load_strictly(network, read_weights(path, kind).tensors)
 
 
-def write_provenance(folder: Path, seed: int) -> None:
+def write_provenance(
+    folder: Path, seed: int, others: Mapping[str, str] | None = None
+) -> None:
     """Write which versions of which packages made a corpus.
 
     Packages that are not installed are left out, as on a system without ``dpkg``.
+
+    Args:
+        folder: of the corpus.
+        seed: of its draws.
+        others: versions of packages that are not Debian's.
     """
     told = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *PACKAGES],
@@ -89,6 +96,7 @@ def write_provenance(folder: Path, seed: int) -> None:
     )
     versions = dict(line.split(" ", 1) for line in told.stdout.splitlines())
     folder.mkdir(parents=True, exist_ok=True)
+    versions |= others or {}
     text = json.dumps({"packages": versions, "seed": seed}, indent=1)
     (folder / PROVENANCE).write_text(text + "\n", "utf-8")
 
