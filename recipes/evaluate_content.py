@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from recipes.content_training import frame_centres
 from recipes.corpus import Shard, find_shards, read_shards, speaker_of
+from recipes.goals import Goal, describe
 from recipes.phones import UNKNOWN, frame_labels
+from recipes.speakers import SPEAKERS
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.loading import Encoder, read_weights
 from rvc_mlx.machine import cache_folder
@@ -28,6 +31,13 @@ from rvc_mlx.spectral import log_mel
 
 log = logging.getLogger("recipes")
 
+HEARD = Goal("frames right on a held-out English voice, %", ">=", 75)
+# By the probe of ``speaker_report``.
+UNHEARD = {
+    "features": Goal("speaker named from the mean of the features, %", "<=", 40),
+    "features_mean_and_spread": Goal("the same from mean and spread, %", "<=", 40),
+}
+_ENGLISH = ("festival", "flite", "hts")  # engines of voices without a foreign accent
 _SHORTEST, _LONGEST = 16000, 8 * 16000  # samples of a clip
 Features = Callable[[np.ndarray], np.ndarray]  # [n] at 16 kHz to [F, C]
 Summary = Callable[[np.ndarray], np.ndarray]  # [F, C] to what the probe sees of it
@@ -47,11 +57,16 @@ class Listener:
 
     Args:
         path: of the encoder; computes on the GPU if MLX has one, else through OpenVINO.
+
+    Attributes:
+        trained_on: speakers that its training heard, as its file tells.
     """
 
     def __init__(self, path: Path):
         engine = choose_engine("auto", "f32", cache_folder() / "compiled")
-        self._encoder = Encoder(read_weights(path, "contentvec"), engine)
+        weights = read_weights(path, "contentvec")
+        self.trained_on = set(str(weights.metadata.get("speakers", "")).split())
+        self._encoder = Encoder(weights, engine)
         head = mx.load(str(path.with_suffix(".head.safetensors")))
         self._weight, self._bias = np.array(head["weight"]), np.array(head["bias"])
         self._heard: dict[int, np.ndarray] = {}
@@ -199,6 +214,28 @@ def _with_one(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x, np.ones((len(x), 1))], axis=1)
 
 
+def reached(
+    phones: Mapping[str, Mapping[str, Any]], named: Mapping[str, float], clips: int
+) -> list[dict[str, Any]]:
+    """A row per goal: the held-out English voice that is heard worst, then the probes.
+
+    Args:
+        phones: per speaker the accuracy, ``"all"``, and whether it is ``"held_out"``.
+        named: of ``speaker_report``.
+        clips: per speaker.
+    """
+    english = {
+        name: row["all"]
+        for name, row in phones.items()
+        if row["held_out"] and name in SPEAKERS and SPEAKERS[name].engine in _ENGLISH
+    }
+    worst = 100 * min(english.values()) if english else None
+    rows = [HEARD.row(worst, clips * len(english))]
+    rows[0]["speakers"] = sorted(english)
+    everyone = clips * len(phones)
+    return rows + [g.row(100 * named[k], everyone) for k, g in UNHEARD.items()]
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print a JSON report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -219,19 +256,26 @@ def main(arguments: list[str] | None = None) -> None:
         by_speaker.setdefault(shard.speaker, []).append(shard)
     speakers = [some_clips(shards, options.clips) for shards in by_speaker.values()]
     listener = Listener(options.encoder)
-    phones = {}
+    phones: dict[str, dict[str, Any]] = {}
     for clips in speakers:
         everything, speech = frame_accuracy(listener.classify, clips)
-        phones[clips.speaker] = {"all": everything, "speech": speech}
+        held_out = clips.speaker not in listener.trained_on
+        phones[clips.speaker] = {
+            "all": everything, "speech": speech, "held_out": held_out
+        }  # fmt: skip
+    named = speaker_report(listener, speakers)
     report = {
-        "encoder": options.encoder.name,
+        "benchmark": "content",
+        **describe(options.encoder, options.corpus),
         "clips_per_speaker": options.clips,
         "frame_accuracy": phones,
-        "speaker_named": speaker_report(listener, speakers),
+        "speaker_named": named,
+        "goals": reached(phones, named, options.clips),
     }
     text = json.dumps(report, indent=1)
     log.info(text)
     if options.report:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
         options.report.write_text(text + "\n", "utf-8")
 
 

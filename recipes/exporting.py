@@ -101,13 +101,19 @@ def write_provenance(
     (folder / PROVENANCE).write_text(text + "\n", "utf-8")
 
 
-def corpus_facts(folders: Sequence[Path], speakers: Sequence[str]) -> dict[str, str]:
-    """What metadata tells about a corpus: speakers, licences and package versions."""
+def corpus_packages(folders: Sequence[Path]) -> dict[str, str]:
+    """Versions of the packages that made a corpus, from beside its parts."""
     packages: dict[str, str] = {}
     for folder in folders:
         for path in (folder / PROVENANCE, folder.parent / PROVENANCE):
             if path.is_file():
                 packages |= json.loads(path.read_text("utf-8"))["packages"]
+    return packages
+
+
+def corpus_facts(folders: Sequence[Path], speakers: Sequence[str]) -> dict[str, str]:
+    """What metadata tells about a corpus: speakers, licences and package versions."""
+    packages = corpus_packages(folders)
     licences = sorted({SPEAKERS[s].licence for s in speakers if s in SPEAKERS})
     return {
         "speakers": " ".join(sorted(speakers)),
