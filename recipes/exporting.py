@@ -76,10 +76,17 @@ def start_from(path: Path, network: nn.Module, kind: str) -> None:
     load_strictly(network, read_weights(path, kind).tensors)
 
 
-def write_provenance(folder: Path, seed: int) -> None:
+def write_provenance(
+    folder: Path, seed: int, others: Mapping[str, str] | None = None
+) -> None:
     """Write which versions of which packages made a corpus.
 
     Packages that are not installed are left out, as on a system without ``dpkg``.
+
+    Args:
+        folder: of the corpus.
+        seed: of its draws.
+        others: versions of packages that are not Debian's.
     """
     told = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *PACKAGES],
@@ -89,17 +96,24 @@ def write_provenance(folder: Path, seed: int) -> None:
     )
     versions = dict(line.split(" ", 1) for line in told.stdout.splitlines())
     folder.mkdir(parents=True, exist_ok=True)
+    versions |= others or {}
     text = json.dumps({"packages": versions, "seed": seed}, indent=1)
     (folder / PROVENANCE).write_text(text + "\n", "utf-8")
 
 
-def corpus_facts(folders: Sequence[Path], speakers: Sequence[str]) -> dict[str, str]:
-    """What metadata tells about a corpus: speakers, licences and package versions."""
+def corpus_packages(folders: Sequence[Path]) -> dict[str, str]:
+    """Versions of the packages that made a corpus, from beside its parts."""
     packages: dict[str, str] = {}
     for folder in folders:
         for path in (folder / PROVENANCE, folder.parent / PROVENANCE):
             if path.is_file():
                 packages |= json.loads(path.read_text("utf-8"))["packages"]
+    return packages
+
+
+def corpus_facts(folders: Sequence[Path], speakers: Sequence[str]) -> dict[str, str]:
+    """What metadata tells about a corpus: speakers, licences and package versions."""
+    packages = corpus_packages(folders)
     licences = sorted({SPEAKERS[s].licence for s in speakers if s in SPEAKERS})
     return {
         "speakers": " ".join(sorted(speakers)),

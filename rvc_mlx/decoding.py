@@ -66,7 +66,7 @@ def decode(
         speaker: embedding ``[1, 1, gin_channels]`` float32.
         segment: which frames are kept; its number is part of the noise's key.
         noise: source of the excitation's noise.
-        report: takes the time of the stages.
+        report: takes the time of the stages, and the places of the joins.
 
     Yields:
         Audio ``[n]`` float32 at the voice's rate, ``(last - first) * U`` samples in all.
@@ -92,6 +92,9 @@ def _windows(
     oscillator = None if f0 is None else Oscillator(voice, f0, noise, segment.number)
     first = segment.first
     while first < segment.last:
+        place = segment.start // pitch.FRAME_LENGTH + first - segment.first
+        if place:
+            report.joins.append(place / pitch.FRAME_RATE)
         core = min(most, -(-(segment.last - first) // step) * step)
         start, length = first - voice.context, core + 2 * voice.context
         inputs = [_window(z[0], start, length)[None], speaker]

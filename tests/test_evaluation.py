@@ -1,6 +1,7 @@
 """Judges of conversions against cases whose answer is known."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def heard(speech) -> str:
 
 
 # Pitch
+
+
+@needs("f0")
+def test_what_is_too_faint_to_hear_has_no_pitch():
+    sound = sung()
+    faint = np.concatenate([sound, 1e-3 * sound])
+    first, second = np.split(judge_pitch.track(faint).voiced, [len(sound) // 256])
+    assert first.mean() > 0.5
+    assert not second.any()
 
 
 @needs("f0")
@@ -312,7 +322,16 @@ def test_only_clicks_that_the_source_lacks_are_new():
     assert (found["new_clicks"], found["new_at"]) == (1, [3.0])
     found = judge_sound.CLICKS.verdict(Case(np.empty(0), np.array([0.5])))
     assert found["new_clicks"] == 1
+    assert found["clicks_at_joins"] == 1  # where the joins are not known
     assert judge_sound.CLICKS.summarize([found, found])["new_clicks"] == 2
+
+
+def test_clicks_at_joins_are_told_from_others():
+    case = Case(np.array([1.0]), np.array([1.0, 2.004, 3.1]), joins=(1.0, 2.0, 3.0))
+    found = judge_sound.CLICKS.verdict(case)
+    assert (found["joins"], found["new_clicks"], found["clicks_at_joins"]) == (3, 2, 1)
+    found = judge_sound.CLICKS.verdict(Case(np.empty(0), np.array([2.0]), joins=()))
+    assert (found["new_clicks"], found["clicks_at_joins"]) == (1, 0)
 
 
 @pytest.mark.parametrize("rate", [16000, 44100, 48000])
@@ -434,7 +453,7 @@ def test_conversions_made_before_are_judged(workers, bundled, clip, tmp_path, ca
     words += ["--judges", "loudness,clicks", "--workers", str(workers)]
     words += ["--output", str(tmp_path / "out"), "--label", "trial"]
     assert evaluate_conversion.main(words) == 1  # a goal is missed
-    assert "MISSED: broken: clicks added is 1" in capsys.readouterr().out
+    assert "MISSED: broken: clicks added at joins is 1" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "trial.json").read_text())
     first, second = facts["voices"]
     assert first["summary"]["clicks"]["new_clicks"] == 0
@@ -442,7 +461,8 @@ def test_conversions_made_before_are_judged(workers, bundled, clip, tmp_path, ca
     assert second["clips"][0]["judged"]["clicks"]["new_at"] == [2.0]
     assert len(facts["sources"][0]["sha256"]) == 64
     assert facts["environment"]["versions"]["mlx"]
-    assert "clicks added" in (tmp_path / "out" / "trial.md").read_text()
+    report = (tmp_path / "out" / "trial.md").read_text()
+    assert re.search(r"broken +\| clicks added at joins.*\| 1 of 1 +\| missed", report)
     picture = (tmp_path / "out" / "trial.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20000
@@ -477,9 +497,22 @@ def test_goals():
     shown = evaluation_report.Shown("f0", "rpa", "RPA", ">=", 95)
     assert shown.verdict(95.0) == "met"
     assert shown.verdict(94.9) == "missed"
-    assert shown.verdict(None) == ""
-    voices = [{"name": "v", "summary": {"f0": {"rpa": 90.0}}, "clips": []}]
+    assert shown.verdict(None) == "not measured"
+    assert evaluation_report.Shown("f0", "rpa", "RPA").verdict(90.0) == ""
+    clips = [{"judged": {"f0": row}} for row in ({"rpa": 90.0}, {"note": "silence"})]
+    voices = [{"name": "v", "summary": {"f0": {"rpa": 90.0}}, "clips": clips}]
     assert evaluation_report.missed_goals(voices) == [
         "v: F0 within 50 cents, % is 90, the goal is >= 95"
     ]
     assert "90 missed" in evaluation_report.summary_table(voices)
+    [line] = evaluation_report.goals_table(voices).splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    label = "F0 within 50 cents, %"
+    assert cells == ["v", label, ">= 95", "90", "1 of 2", "missed"]
+
+
+def test_a_goal_without_a_figure_is_missed():
+    voices = [{"name": "v", "summary": {"words": {"word_drift": 3.0}}, "clips": []}]
+    assert evaluation_report.missed_goals(voices) == [
+        "v: character error added, points is -, the goal is <= 12"
+    ]

@@ -549,6 +549,24 @@ def test_progress_rises_to_the_total(small_converter, talk, tmp_path, lengths):
     assert all(seconds >= 0 for seconds in report.stages.values())
 
 
+def test_joins_of_windows_and_segments_are_reported(small_converter, talk, tmp_path):
+    soundfile.write(tmp_path / "in.wav", talk[:56000], 16000)
+    voice = small_converter.voice
+    window = (voice.window - 2 * voice.context) / 100
+
+    def joins(**options):
+        wanted = ConversionOptions(**options)
+        files = tmp_path / "in.wav", tmp_path / "out.wav"
+        return small_converter.convert_file(*files, wanted).joins
+
+    whole = [i * window for i in range(1, int(3.5 / window) + 1)]
+    assert joins() == pytest.approx(whole)
+    cut = joins(**SEGMENTS)
+    assert set(np.round(cut, 2)) - set(np.round(whole, 2))
+    assert (np.diff([0, *cut, 3.5]) > 0).all()
+    assert (np.diff([0, *cut, 3.5]) < window + 0.005).all()
+
+
 # Errors -----------------------------------------------------------------------------
 
 
