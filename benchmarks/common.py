@@ -32,7 +32,7 @@ __all__ = ["Timing", "peak_memory", "time_calls"]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_MODELS = ROOT / ".test-models"  # made once, ignored by git
-BUNDLED_CLIP = ROOT / "rvc_mlx" / "bundled" / "speech.flac"
+SPEECH_CLIP = ROOT / "tests" / "small_models" / "speech.flac"
 SAMPLE_RATE = 16000
 
 
@@ -148,8 +148,8 @@ def synthetic_audio(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def real_audio(seconds: float, path: Path | None = None) -> np.ndarray:
-    """The bundled clip, or a file, repeated or cut: ``[n]`` float32 at 16 kHz."""
-    audio = load_audio(path or BUNDLED_CLIP)
+    """The clip of the tests, or a file, repeated or cut: ``[n]`` float32 at 16 kHz."""
+    audio = load_audio(path or SPEECH_CLIP)
     return np.resize(audio, round(seconds * SAMPLE_RATE)) if seconds else audio
 
 

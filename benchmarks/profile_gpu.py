@@ -304,7 +304,7 @@ def main() -> int:
     parser = common.parser(__doc__ or "", runs=7, precisions=("f32", "bf16"))
     parser.add_argument("--seconds", type=float, default=30, help="default: 30")
     parser.add_argument(
-        "--audio", type=Path, help="a recording (default: the bundled one)"
+        "--audio", type=Path, help="a recording (default: the tests' clip)"
     )
     return main_for_each(parser, measure)
 
