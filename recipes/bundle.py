@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         total = bundle(parts, options.into)
     except (ValueError, OSError, ImportError) as error:
-        log.error(f"recipes.bundle: {error}")
+        log.error(f"recipes.bundle: {' '.join(str(error).split())}")
         return 1
     log.info(f"{options.into}: {total} bytes; now run tools/render_models.py")
     return 0
