@@ -136,7 +136,9 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> int:
 def main() -> int:
     parser = common.parser(__doc__, runs=3, precisions=("f32",))
     common.add_sides(parser)
-    parser.add_argument("--audio", type=Path, metavar="F", help="default: bundled clip")
+    parser.add_argument(
+        "--audio", type=Path, metavar="F", help="default: the tests' clip"
+    )
     parser.add_argument(
         "--seconds",
         type=common.seconds,

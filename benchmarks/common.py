@@ -37,7 +37,7 @@ __all__ = [
 
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_MODELS = ROOT / ".test-models"  # made once, ignored by git
-BUNDLED_CLIP = ROOT / "rvc_mlx" / "bundled" / "speech.flac"
+SPEECH_CLIP = ROOT / "tests" / "small_models" / "speech.flac"
 SAMPLE_RATE = 16000
 # Names of whole models of any size, as the bundled ones have them.
 OTHER_NAMES = {"hubert_base.pt": "contentvec", "v2_48k.pth": "voice.pth"}
@@ -163,8 +163,8 @@ def synthetic_audio(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def real_audio(seconds: float, path: Path | None = None) -> np.ndarray:
-    """The bundled clip, or a file, repeated or cut: ``[n]`` float32 at 16 kHz."""
-    audio = load_audio(path or BUNDLED_CLIP)
+    """The clip of the tests, or a file, repeated or cut: ``[n]`` float32 at 16 kHz."""
+    audio = load_audio(path or SPEECH_CLIP)
     return np.resize(audio, round(seconds * SAMPLE_RATE)) if seconds else audio
 
 

@@ -306,7 +306,7 @@ def main() -> int:
         "--seconds", type=common.seconds, default=30, help="default: 30"
     )
     parser.add_argument(
-        "--audio", type=Path, help="a recording (default: the bundled one)"
+        "--audio", type=Path, help="a recording (default: the tests' clip)"
     )
     return main_for_each(parser, measure)
 
