@@ -372,7 +372,7 @@ def windowed_conv1d(
     B, rows = x.shape[:2]
     x = mx.transpose(x.reshape(B, rows, stride, groups, -1), (3, 0, 1, 2, 4))
     weight = weight.reshape(groups, outputs // groups, -1)
-    y: mx.array = _windowed(x.reshape(groups, B, rows, -1), weight)  # [G, B, n, o]
+    y = cast(mx.array, _windowed(x.reshape(groups, B, rows, -1), weight))
     return mx.transpose(y, (1, 2, 0, 3)).reshape(B, -1, outputs)
 
 
