@@ -226,14 +226,14 @@ def test_a_voice_with_another_pitch_network_is_refused(tmp_path):
         rvc_mlx.load(path, device="cpu", precision="f32")
 
 
-def test_public_voices_do_not_get_the_bundled_networks(bundled):
+def test_public_voices_do_not_get_the_bundled_networks(small_models):
     with pytest.raises(FileNotFoundError, match="rvc-mlx download"):
-        rvc_mlx.load(bundled.voice, device="cpu", precision="f32")
+        rvc_mlx.load(small_models.voice, device="cpu", precision="f32")
 
 
-def test_a_bundled_voice_refuses_another_encoder(bundled):
+def test_a_bundled_voice_refuses_another_encoder(small_models):
     with pytest.raises(ValueError, match="this voice wants 64-wide features"):
-        rvc_mlx.load("slt", encoder=bundled.encoder, device="cpu", precision="f32")
+        rvc_mlx.load("slt", encoder=small_models.encoder, device="cpu", precision="f32")
 
 
 def test_a_missing_file_is_an_error(tmp_path, monkeypatch):
