@@ -39,7 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TEST_MODELS = ROOT / ".test-models"  # made once, ignored by git
 SPEECH_CLIP = ROOT / "tests" / "small_models" / "speech.flac"
 SAMPLE_RATE = 16000
-# Names of whole models of any size, as the bundled ones have them.
+# Names of whole models of any size, as those of the tests have them.
 OTHER_NAMES = {"hubert_base.pt": "contentvec", "v2_48k.pth": "voice.pth"}
 OTHER_NAMES |= {"v2.index": "voice.index"}
 MODEL_NAMES = "rmvpe.pt, " + ", ".join(f"{a} or {b}" for a, b in OTHER_NAMES.items())
@@ -82,7 +82,7 @@ def parser(
     made.add_argument(
         "--models", type=Path, metavar="DIR",
         help=f"folder with {MODEL_NAMES} (default: random full-size models, made "
-        "once; rvc_mlx/bundled has tiny ones)",
+        "once; tests/small_models has tiny ones)",
     )  # fmt: skip
     made.add_argument(
         "--runs", type=whole, default=runs,

@@ -199,17 +199,29 @@ def _runs(options: argparse.Namespace) -> list[VoiceRun]:
     ]
 
 
+def _hashes(options: argparse.Namespace, runs: Sequence[VoiceRun]) -> dict[str, set]:
+    """Of the files that a report may have judged: a voice has two of equal weights."""
+    voices = {
+        run.name: {run.voice.with_suffix(suffix) for suffix in (".safetensors", ".pth")}
+        for run in runs
+    }
+    files = {"contentvec": {options.encoder}, "rmvpe": {options.rmvpe}, **voices}
+    return {
+        name: {hash_file(path) for path in paths if path.is_file()}
+        for name, paths in files.items()
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check, write, and say how large it is; returns the exit code."""
     options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        parts = Parts(
-            read_weights(options.encoder, "contentvec"),
-            read_weights(options.rmvpe, "rmvpe"),
-            _runs(options),
-            sort_reports(options.metrics, options.rmvpe.name),
-        )
+        encoder = read_weights(options.encoder, "contentvec")
+        rmvpe = read_weights(options.rmvpe, "rmvpe")
+        runs = _runs(options)
+        reports = sort_reports(options.metrics, _hashes(options, runs))
+        parts = Parts(encoder, rmvpe, runs, reports)
         total = bundle(parts, options.into)
     except (ValueError, OSError, ImportError) as error:
         log.error(f"recipes.bundle: {' '.join(str(error).split())}")

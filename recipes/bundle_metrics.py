@@ -2,67 +2,79 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rvc_mlx.bundled_models import VOICES
 from rvc_mlx.training.files import read_json
+
+_NETWORKS = {"content": "contentvec", "pitch": "rmvpe"}
+_LEFT_OUT = {"benchmark", "environment", "packages", "network"}  # of a report
+
+Figures = dict[str, dict[str, Any]]
 
 
 def sort_reports(
-    paths: Sequence[Path], network: str
-) -> dict[str, dict[str, Mapping[str, Any]]]:
+    paths: Sequence[Path], hashes: Mapping[str, Collection[str]]
+) -> dict[str, Figures]:
     """Name of a bundled file, without suffix, to its reports by their files' stems.
 
     Args:
         paths: what ``recipes.evaluate_content``, ``recipes.evaluate_pitch`` and
             ``benchmarks/evaluate_conversion.py`` wrote.
-        network: name of the pitch network's file when it was judged.
+        hashes: name of a bundled file to the sha256 of the files that are the same.
 
     Raises:
-        ValueError: a report is none of these, or judges others.
+        ValueError: a report is none of these, or judges other files.
         OSError: it cannot be read.
     """
-    reports: dict[str, dict[str, Mapping[str, Any]]] = {}
+    sorted_reports: dict[str, Figures] = {}
     for path in paths:
-        for name, report in _read(path, network).items():
-            if path.stem in reports.setdefault(name, {}):
+        for name, figures in _read(path, hashes).items():
+            if path.stem in sorted_reports.setdefault(name, {}):
                 raise ValueError(f"{path}: a second report of that name; rename it")
-            reports[name][path.stem] = report
-    return reports
+            sorted_reports[name][path.stem] = figures
+    return sorted_reports
 
 
-def _read(path: Path, network: str) -> dict[str, Mapping[str, Any]]:
+def _read(path: Path, hashes: Mapping[str, Collection[str]]) -> Figures:
     report = read_json(path)
-    if isinstance(report, dict) and "frame_accuracy" in report:
-        return {"contentvec": {k: v for k, v in report.items() if k != "encoder"}}
-    if isinstance(report, dict) and "trackers" in report:
-        return {"rmvpe": _pitch(path, report, network)}
-    if isinstance(report, dict) and "voices" in report:
-        return _voices(path, report)
+    kind = report.get("benchmark") if isinstance(report, dict) else None
+    if kind in _NETWORKS:
+        file = report["network"]
+        _require(path, file, hashes[_NETWORKS[kind]])
+        if kind == "pitch":
+            trackers = dict(report["trackers"])
+            own = trackers.pop(file["file"])
+            report["trackers"] = {"this network": own, **trackers}
+        kept = {key: value for key, value in report.items() if key not in _LEFT_OUT}
+        return {_NETWORKS[kind]: kept}
+    if kind == "evaluation":
+        return _voices(path, report["voices"], hashes)
     raise ValueError(
         f"{path}: this is no report that is known; expected one of "
         "recipes.evaluate_content, recipes.evaluate_pitch or evaluate_conversion.py"
     )
 
 
-def _pitch(path: Path, report: Mapping[str, Any], network: str) -> Mapping[str, Any]:
-    trackers = dict(report["trackers"])
-    if network not in trackers:
-        raise ValueError(
-            f"{path}: judges {', '.join(trackers)}; expected {network} among them"
-        )
-    return {**report, "trackers": {"this network": trackers.pop(network), **trackers}}
-
-
-def _voices(path: Path, report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    found = {
-        voice["name"]: {"clips": len(voice["clips"]), **voice["summary"]}
-        for voice in report["voices"]
-        if voice["name"] in VOICES
-    }
-    if not found:
-        names = ", ".join(voice["name"] for voice in report["voices"])
-        raise ValueError(f"{path}: judges {names}; expected {' or '.join(VOICES)}")
+def _voices(
+    path: Path,
+    voices: Sequence[Mapping[str, Any]],
+    hashes: Mapping[str, Collection[str]],
+) -> Figures:
+    found: Figures = {}
+    for voice in voices:
+        name = voice["name"]
+        if name not in hashes:
+            raise ValueError(f"{path}: judges {name}, which is not to be bundled")
+        _require(path, voice["files"]["voice"], hashes[name])
+        found[name] = {"clips": len(voice["clips"]), **voice["summary"]}
     return found
+
+
+def _require(path: Path, file: Mapping[str, str], hashes: Collection[str]) -> None:
+    if file["sha256"] not in hashes:
+        raise ValueError(
+            f"{path}: judges a {file['file']} of sha256 {file['sha256']}, not what is to "
+            "be bundled; judge that"
+        )

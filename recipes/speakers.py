@@ -92,8 +92,6 @@ SPEAKERS = {speaker.name: speaker for speaker in (*TRAINING, *TEST)}
 ENGINE_PACKAGES = {
     "hts": ("htsengine", "festival", "festlex-cmu", "festlex-poslex"),
     "flite": ("flite",),
-    "festival": ("festival", "festlex-cmu", "festlex-poslex"),
-    "mapped": ("festival", "festlex-cmu", "festlex-poslex", "festvox-kallpc16k"),
 }
 
 # Everything that the recipes install; the voices' own packages come with their needs.

@@ -7,7 +7,7 @@ They are demonstration weights, trained on synthetic speech; docs/MODELS.md list
     ├── rmvpe.safetensors         which the voices call ``rvc-mlx-small``
     ├── slt.safetensors           a voice, and its index
     ├── slt.index
-    └── speech.flac               a clip to convert, by a speaker of no training
+    └── speech.flac               a clip to convert, by a speaker that no training hears
 """
 
 from __future__ import annotations

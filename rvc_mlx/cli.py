@@ -581,7 +581,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     words = ["convert", str(SPEECH), "-o", arguments.output]
     words += ["--voice", str(bundled_voice(DEMO_VOICE))]
     words += ["--index", str(bundled_index(DEMO_VOICE))]
-    words += ["--pitch", "12"]  # the clip is a man's, the voice a woman's
     words += ["--device", arguments.device, "--precision", arguments.precision]
     words += ["--force"] if arguments.force else []
     parsed = build_parser().parse_args(words)

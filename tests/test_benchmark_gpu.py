@@ -1,4 +1,4 @@
-"""The GPU benchmark runs anywhere: here with the bundled models, on a CPU."""
+"""The GPU benchmark runs anywhere: here with the small models, on a CPU."""
 
 import json
 import sys
@@ -24,13 +24,13 @@ def _one_thread():
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, bundled):
-    """The bundled models under the names that benchmarks want."""
+def models(tmp_path_factory, small_models):
+    """The small models under the names that benchmarks want."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "hubert_base.pt").symlink_to(bundled.encoder)
-    (folder / "rmvpe.pt").symlink_to(bundled.rmvpe)
-    (folder / "v2_48k.pth").symlink_to(bundled.voice)
-    (folder / "v2.index").symlink_to(bundled.index)
+    (folder / "hubert_base.pt").symlink_to(small_models.encoder)
+    (folder / "rmvpe.pt").symlink_to(small_models.rmvpe)
+    (folder / "v2_48k.pth").symlink_to(small_models.voice)
+    (folder / "v2.index").symlink_to(small_models.index)
     return folder
 
 

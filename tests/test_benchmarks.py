@@ -231,7 +231,7 @@ def test_a_speed_result_that_was_cut_short_is_drawn_as_far_as_it_goes(tmp_path):
 
 def run_script(tmp_path, script, *words):
     command = [sys.executable, f"benchmarks/{script}.py", "--engine", "openvino"]
-    command += ["--precision", "f32", "--models", "rvc_mlx/bundled"]
+    command += ["--precision", "f32", "--models", "tests/small_models"]
     command += ["--output", str(tmp_path), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -261,7 +261,7 @@ def test_memory_is_measured_in_fresh_processes(tmp_path):
         ("benchmark_rvc_full", ["--seconds", "1"]),
     ],
 )
-def test_scripts_run_with_the_bundled_networks(tmp_path, script, words):
+def test_scripts_run_with_small_networks(tmp_path, script, words):
     done = run_script(tmp_path, script, *words, "--runs", "1")
     assert done.returncode == 0, done.stderr
     [path] = tmp_path.glob("*.json")

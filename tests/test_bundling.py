@@ -16,11 +16,7 @@ FILES = [
     *("contentvec.safetensors", "rms.index", "rms.safetensors", "rmvpe.safetensors"),
     *("slt.index", "slt.safetensors"),
 ]
-CONTENT = {"encoder": "x", "frame_accuracy": {"kal": {"all": 0.5, "speech": 0.25}}}
-PITCH = {"clips": 2, "trackers": {"harvest": {}, "pitch.safetensors": {"0 dB": {}}}}
-VOICES = {
-    "voices": [{"name": "slt", "clips": [{}, {}], "summary": {"f0": {"rpa": 90}}}]
-}
+HEARD = {"frame_accuracy": {"kal": {"all": 0.5, "speech": 0.25}}}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +36,29 @@ def words(made, into, **others):
     return [*line, "--into", str(into)]
 
 
+def judged(kind, path, **figures):
+    """A report of a judge of networks."""
+    network = {"file": path.name, "sha256": hash_file(path)}
+    return {"benchmark": kind, "environment": {}, "network": network, **figures}
+
+
+def conversions(path, name="slt"):
+    """A report about conversions."""
+    files = {"voice": {"file": path.name, "sha256": hash_file(path)}}
+    voice = {"name": name, "files": files, "summary": {"f0": {"rpa": 90}}}
+    return {"benchmark": "evaluation", "voices": [{**voice, "clips": [{}, {}]}]}
+
+
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def reports(made, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reports")
-    for name, report in (("content", CONTENT), ("f0", PITCH), ("heard", VOICES)):
+    trackers = {"harvest": {}, made.rmvpe.name: {"0 dB": {}}}
+    written = {
+        "content": judged("content", made.encoder, **HEARD),
+        "f0": judged("pitch", made.rmvpe, clips=2, trackers=trackers),
+        "heard": conversions(made.slt / "slt.safetensors"),
+    }
+    for name, report in written.items():
         (folder / f"{name}.json").write_text(json.dumps(report))
     return sorted(map(str, folder.iterdir()))
 
@@ -115,7 +130,7 @@ def test_reports_go_to_what_they_judge(bundled_set):
         read_checkpoint(bundled_set / f"{kind}.safetensors").metadata["metrics"]
         for kind in ("contentvec", "rmvpe")
     )
-    assert content == {"content": {"frame_accuracy": CONTENT["frame_accuracy"]}}
+    assert content == {"content": HEARD}
     trackers = {"this network": {"0 dB": {}}, "harvest": {}}
     assert pitch == {"f0": {"clips": 2, "trackers": trackers}}
 
@@ -215,20 +230,25 @@ def test_each_voice_is_wanted_once(made, tmp_path, caplog):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("report", "message"),
-    [
-        ({"x": 1}, "no report that is known"),
-        ({"trackers": {"harvest": {}}}, "expected pitch.safetensors among them"),
-        ({"voices": [{"name": "bob"}]}, "judges bob; expected slt or rms"),
-    ],
-)
-def test_a_report_about_something_else_is_refused(
-    made, tmp_path, caplog, report, message
-):
+@pytest.mark.parametrize("kind", ["content", "pitch", "evaluation", "other", "list"])
+def test_a_report_about_something_else_is_refused(made, tmp_path, caplog, kind):
+    other, message = made.rms / "rms.safetensors", "not what is to be bundled"
+    report = judged(kind, other, trackers={}, **HEARD)
+    if kind == "evaluation":
+        report = conversions(other)
+    elif kind not in ("content", "pitch"):
+        message = "no report that is known"
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps([report] if kind == "list" else report))
     line = [*words(made, tmp_path / "into"), "--metrics", str(path)]
     assert bundle.main(line) == 1
     assert message in caplog.text
     assert not (tmp_path / "into").exists()
+
+
+def test_a_report_about_another_voice_is_refused(made, tmp_path, caplog):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(conversions(made.slt / "slt.safetensors", "bob")))
+    line = [*words(made, tmp_path / "into"), "--metrics", str(path)]
+    assert bundle.main(line) == 1
+    assert "judges bob, which is not to be bundled" in caplog.text

@@ -441,15 +441,17 @@ def test_options_of_the_conversion():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_conversions_made_before_are_judged(workers, bundled, clip, tmp_path, capsys):
+def test_conversions_made_before_are_judged(
+    workers, small_models, clip, tmp_path, capsys
+):
     made = tmp_path / "copy"
     made.mkdir()
-    shutil.copy(bundled.speech, made / "speech.flac")
+    shutil.copy(small_models.speech, made / "speech.flac")
     broken = tmp_path / "broken"
     broken.mkdir()
     clip[32000] += 0.5
     save_audio(broken / "speech.wav", clip, RATE, "FLOAT")
-    words = [str(bundled.speech), "--converted", str(made), str(broken), "--check"]
+    words = [str(small_models.speech), "--converted", str(made), str(broken), "--check"]
     words += ["--judges", "loudness,clicks", "--workers", str(workers)]
     words += ["--output", str(tmp_path / "out"), "--label", "trial"]
     assert evaluate_conversion.main(words) == 1  # a goal is missed
@@ -468,16 +470,27 @@ def test_conversions_made_before_are_judged(workers, bundled, clip, tmp_path, ca
     assert len(picture) > 20000
 
 
-def test_a_voice_is_converted_and_judged(bundled, tmp_path, capsys):
-    words = [str(bundled.speech), "--voices", str(bundled.voice), "--pitch", "3"]
-    words += ["--index", str(bundled.index), "--encoder", str(bundled.encoder)]
-    words += ["--rmvpe", str(bundled.rmvpe), "--device", "cpu", "--pictured", "0"]
+def test_a_voice_is_converted_and_judged(small_models, tmp_path, capsys):
+    words = [
+        str(small_models.speech),
+        "--voices",
+        str(small_models.voice),
+        "--pitch",
+        "3",
+    ]
+    words += [
+        "--index",
+        str(small_models.index),
+        "--encoder",
+        str(small_models.encoder),
+    ]
+    words += ["--rmvpe", str(small_models.rmvpe), "--device", "cpu", "--pictured", "0"]
     words += ["--judges", "loudness", "--audio", str(tmp_path / "made")]
     words += ["--output", str(tmp_path), "--option", "index_rate=0.5"]
     assert evaluate_conversion.main(words) == 0
     facts = json.loads((tmp_path / "conversion.json").read_text())
     [voice] = facts["voices"]
-    assert voice["files"]["voice"]["file"] == bundled.voice.name
+    assert voice["files"]["voice"]["file"] == small_models.voice.name
     assert voice["clips"][0]["semitones"] == 3
     assert voice["clips"][0]["conversion_s"] > 0
     assert facts["options"] == {"index_rate": 0.5}
@@ -485,8 +498,14 @@ def test_a_voice_is_converted_and_judged(bundled, tmp_path, capsys):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_source_without_conversion_is_an_error(bundled, tmp_path, capsys):
-    words = [str(bundled.speech), "--converted", str(tmp_path), "--judges", "clicks"]
+def test_a_source_without_conversion_is_an_error(small_models, tmp_path, capsys):
+    words = [
+        str(small_models.speech),
+        "--converted",
+        str(tmp_path),
+        "--judges",
+        "clicks",
+    ]
     assert evaluate_conversion.main(words) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")

@@ -99,7 +99,7 @@ def test_names_of_the_package_are_lazy_but_there():
         _ = rvc_mlx.loud
 
 
-def test_conversion_needs_no_torch(home, bundled):
+def test_conversion_needs_no_torch(home, small_models):
     """A whole conversion, in an interpreter that cannot import it."""
     found = modules_after(f"""if True:
         import sys
@@ -112,8 +112,8 @@ def test_conversion_needs_no_torch(home, bundled):
         sys.meta_path.insert(0, Without())
         import numpy as np, rvc_mlx
         converter = rvc_mlx.load(
-            {str(bundled.voice)!r}, {str(bundled.index)!r},
-            encoder={str(bundled.encoder)!r}, rmvpe={str(bundled.rmvpe)!r},
+            {str(small_models.voice)!r}, {str(small_models.index)!r},
+            encoder={str(small_models.encoder)!r}, rmvpe={str(small_models.rmvpe)!r},
             device="cpu", precision="f32",
         )
         audio = np.sin(np.arange(4000, dtype=np.float32) / 20)

@@ -52,6 +52,10 @@ def table(header: Sequence[str], rows: Table) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_cell, value)) or "-"
+    if value is None:
+        return "-"
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.replace("|", "\\|")
 
@@ -70,16 +74,21 @@ def files(folder: Path) -> str:
 def figures(title: str, values: Mapping[str, Any]) -> list[str]:
     """Nested figures as tables: one of rows and columns where all rows have the same."""
     inner = {k: v for k, v in values.items() if isinstance(v, Mapping) and v}
-    plain = [(k, v) for k, v in values.items() if not isinstance(v, Mapping)]
+    lists = {k: v for k, v in values.items() if isinstance(v, list) and v}
+    plain = [(k, v) for k, v in values.items() if not isinstance(v, Mapping | list)]
     parts = [f"**{title}**\n"]
     if plain:
         parts.append(table(("figure", "value"), plain) + "\n")
-    columns = [list(row) for row in inner.values()]
+    for name, items in lists.items():
+        columns = list(dict.fromkeys(key for item in items for key in item))
+        rows = [[item.get(key) for key in columns] for item in items]
+        parts += [f"**{title}, {name}**\n", table(columns, rows) + "\n"]
+    headers = [list(row) for row in inner.values()]
     leaves = [value for row in inner.values() for value in row.values()]
-    alike = columns and all(names == columns[0] for names in columns)
-    if alike and not any(isinstance(value, Mapping) for value in leaves):
-        rows = [(name, *row.values()) for name, row in inner.items()]
-        return [*parts, table(("", *columns[0]), rows) + "\n"]
+    alike = headers and all(names == headers[0] for names in headers)
+    if alike and not any(isinstance(value, Mapping | list) for value in leaves):
+        matrix = [(name, *row.values()) for name, row in inner.items()]
+        return [*parts, table(("", *headers[0]), matrix) + "\n"]
     for name, row in inner.items():
         parts += figures(f"{title}, {name}", row)
     return parts if len(parts) > 1 else []
@@ -91,7 +100,11 @@ def model(path: Path) -> str:
     told = checkpoint.metadata
     count = sum(value.size for value in checkpoint.tensors.values())
     rows = [("parameters", count)]
-    rows += [(label, told[name]) for name, label in FACTS.items() if name in told]
+    rows += [
+        (label, told[name])
+        for name, label in FACTS.items()
+        if told.get(name) is not None
+    ]
     parts = [f"## {path.name}\n", table(("", ""), rows) + "\n"]
     if int(told.get("steps", told.get("step", 0))) == 0:
         parts.append(
