@@ -13,7 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.decoding import decode
+from rvc_mlx.arrays import Array
+from rvc_mlx.decoding import decode, sample_latent
 from rvc_mlx.engine import Run, Seam, Step, fingerprint
 from rvc_mlx.loading import Engine, Voice, read_weights
 from rvc_mlx.models.layers import load_strictly
@@ -119,7 +120,13 @@ class OurSynthesis:
         coarse = pitch.quantize_f0(f0)[None]
         return self._voice.prior(features[None], noise[None], self._speaker, coarse)
 
-    def decode(self, z: np.ndarray, f0: np.ndarray) -> np.ndarray:
+    def synthesize(self, features: np.ndarray, f0: np.ndarray) -> np.ndarray:
+        """Audio of all frames but the margins; the latent stays where it was made."""
+        whole = Segment(0, 0, 0, 0, len(f0))
+        given = self._voice, features, f0, self._speaker, whole, self._noise
+        return self.decode(sample_latent(*given), f0)
+
+    def decode(self, z: Array, f0: np.ndarray) -> np.ndarray:
         """Source and vocoder: audio of all frames but the margins."""
         kept = Segment(0, 0, 0, self.margin, len(f0) - self.margin)
         blocks = decode(self._voice, z, f0, self._speaker, kept, self._noise, Report())

@@ -35,6 +35,21 @@ def torch_tensors(network: nn.Module) -> dict[str, np.ndarray]:
     return arrays
 
 
+def halved(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors as float16.
+
+    Raises:
+        ValueError: a value does not fit; names the tensor.
+    """
+    halves = {}
+    for name, value in tensors.items():
+        with np.errstate(over="ignore"):
+            halves[name] = value.astype(np.float16)
+        if not np.isfinite(halves[name]).all():
+            raise ValueError(f"{name}: {np.abs(value).max():.3g} does not fit float16")
+    return halves
+
+
 def export(
     path: Path, network: nn.Module, kind: str, metadata: Mapping[str, Any]
 ) -> None:
@@ -49,13 +64,7 @@ def export(
     Raises:
         ValueError: a weight does not fit float16.
     """
-    tensors = {}
-    for name, value in torch_tensors(network).items():
-        with np.errstate(over="ignore"):
-            half = value.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError(f"{name}: {np.abs(value).max():.3g} does not fit float16")
-        tensors[name] = half
+    tensors = halved(torch_tensors(network))
     path.parent.mkdir(parents=True, exist_ok=True)
     made = {"kind": kind, "trained_by": f"rvc_mlx {__version__} recipes"}
     save_checkpoint(path, tensors, {**made, **metadata})

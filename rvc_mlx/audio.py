@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import soxr
 
-from .spool import BLOCK, Spool
+from .machine import in_parallel
+from .spool import Spool
 
 SAMPLE_RATE = 16000  # Hz: what the content encoder and the pitch nets hear
 HIGH_PASS_ORDER, HIGH_PASS_HZ = 5, 48.0
+_SETTLED = 6144  # samples after which the filter's start is forgotten, to 1e-15
 _QUALITY = "VHQ"
 
 
@@ -91,68 +93,64 @@ def high_pass(x: np.ndarray) -> np.ndarray:
     return signal.filtfilt(b, a, x, padlen=min(padding, len(x) - 1))
 
 
-def high_pass_spool(source: Spool, block: int = BLOCK, gain: float = 1.0) -> Spool:
-    """Return ``high_pass`` of a long recording in two streaming passes.
+def high_pass_spool(source: Spool, block: int = 1 << 15, gain: float = 1.0) -> Spool:
+    """Return ``high_pass`` of a long recording, block by block, on several threads.
+
+    Each block is filtered forwards and backwards together with its surroundings, from
+    the steady state of their first sample; what that gets wrong fades on the way::
+
+                |....settles....|-------block-------|....settles....|
+        forwards >------------------------------------------------->
+        backwards               <-----------------------------------<
 
     Args:
         source: the recording at 16 kHz, at least one sample.
-        block: samples in memory at a time.
+        block: samples of the result made at once.
         gain: factor applied to the recording first (``normalize_gain``).
 
     Returns:
-        A float32 spool of the same length; the arithmetic before is float64.
+        A float32 spool of the same length, kept as the source is; the arithmetic before
+        is float64.
 
     Raises:
         ValueError: if the spool is empty.
     """
+    from scipy import signal
+
     b, a, steady, padding = _high_pass_design()
     count = len(source)
     if count == 0:
         raise ValueError("there is no audio to filter: the recording is empty")
     edge = min(padding, count - 1)
-    result = Spool(np.float32)
+
+    def run(x: np.ndarray) -> np.ndarray:
+        return signal.lfilter(b, a, x, zi=steady * x[0])[0]
+
+    def filtered(start: int) -> np.ndarray:
+        stop = min(start + block, count)
+        low = max(start - _SETTLED, -edge)
+        x = _odd_extended(source, low, min(stop + _SETTLED, count + edge), edge)
+        forwards = run(gain * x)[start - low :]
+        return run(forwards[::-1])[::-1][: stop - start]
+
+    result = source.like(np.float32, count)
     try:
-        with Spool(np.float64) as forward:
-            extended = _odd_extended(source, edge, block, gain)
-            for y in _filtered(extended, b, a, steady):
-                forward.append(y)
-            stop = count + edge  # of the block to come, counted in the result
-            for y in _filtered(forward.blocks_reversed(block), b, a, steady):
-                start = stop - len(y)
-                low, high = max(start, 0), min(stop, count)
-                if high > low:
-                    result.write(low, y[stop - high : stop - low][::-1])
-                stop = start
+        for y in in_parallel(filtered, range(0, count, block)):
+            result.append(y)
     except BaseException:
         result.close()
         raise
     return result
 
 
-def _odd_extended(
-    source: Spool, edge: int, block: int, gain: float
-) -> Iterator[np.ndarray]:
-    """Yield the signal in float64 with both ends point-mirrored for ``edge`` samples."""
+def _odd_extended(source: Spool, start: int, stop: int, edge: int) -> np.ndarray:
+    """Samples in float64, where ``edge`` of them are point-mirrored at both ends."""
     count = len(source)
-    head = source.read(0, edge + 1).astype(np.float64) * gain
-    tail = source.read(count - edge - 1, count).astype(np.float64) * gain
-    yield 2 * head[0] - head[:0:-1]
-    for x in source.blocks(block):
-        yield x.astype(np.float64) * gain
-    yield 2 * tail[-1] - tail[-2::-1]
-
-
-def _filtered(
-    blocks: Iterable[np.ndarray], b: np.ndarray, a: np.ndarray, steady: np.ndarray
-) -> Iterator[np.ndarray]:
-    """Yield the filtered blocks, as if the first sample had lasted for ever before."""
-    from scipy import signal
-
-    state = None
-    for x in blocks:
-        if not len(x):
-            continue
-        if state is None:
-            state = steady * x[0]
-        y, state = signal.lfilter(b, a, x, zi=state)
-        yield y
+    parts = [source.read(max(start, 0), min(stop, count)).astype(np.float64)]
+    if start < 0:
+        head = source.read(0, edge + 1).astype(np.float64)
+        parts.insert(0, (2 * head[0] - head[:0:-1])[edge + start :])
+    if stop > count:
+        tail = source.read(count - edge - 1, count).astype(np.float64)
+        parts.append((2 * tail[-1] - tail[-2::-1])[: stop - count])
+    return np.concatenate(parts)

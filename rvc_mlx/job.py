@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -16,19 +16,20 @@ from rvc_mlx.decoding import decode, sample_latent
 from rvc_mlx.loading import Encoder, PitchNet, Voice
 from rvc_mlx.loudness import (
     Envelope,
+    LoudnessMatch,
     SilenceGate,
     limit_gain,
-    match_loudness_blocks,
     normalize_gain,
     peak,
     rms_points,
 )
+from rvc_mlx.machine import in_parallel
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
 from rvc_mlx.retrieval import Index, blend_features
 from rvc_mlx.segments import FRAME, Segment, pad_frames, plan_segments
-from rvc_mlx.spool import Spool
+from rvc_mlx.spool import BLOCK, Spool
 
 MIN_SAMPLES = 160  # shortest recording at 16 kHz: 10 ms
 
@@ -79,10 +80,26 @@ class Job:
 
     def run(self, progress: Progress | None = None) -> Iterator[np.ndarray]:
         """Blocks of the result, from its first sample on."""
-        with ExitStack() as stack:
+        finished, gain = self._finished(progress)
+        with finished:
+            for block in finished.blocks():
+                yield block if gain == 1 else gain * block
+
+    def whole(self) -> np.ndarray:
+        """The result in one piece."""
+        finished, gain = self._finished(None)
+        audio = finished.take()
+        if gain != 1:
+            audio *= gain
+        return audio
+
+    def _finished(self, progress: Progress | None) -> tuple[Spool, np.float32]:
+        """The result before its limiter, and the gain of that."""
+        with self.report.stage("prepare"):
+            gain = normalize_gain(peak(self.source.blocks()))
+            filtered = high_pass_spool(self.source, gain=gain)
+        with filtered, ExitStack() as stack:
             with self.report.stage("prepare"):
-                gain = normalize_gain(peak(self.source.blocks()))
-                filtered = stack.enter_context(high_pass_spool(self.source, gain=gain))
                 segments = plan_segments(filtered, self.options)
                 if all(segment.last <= segment.first for segment in segments):
                     raise ValueError(
@@ -91,27 +108,35 @@ class Job:
                     )
             encoded = one_ahead(self._encoded(filtered, segments))
             first = next(encoded)  # a device computes it beside the host's part of F0
+            gate = None if self.options.reference_lengths else SilenceGate(self.source)
             with self.report.stage("pitch"):
                 f0 = self._f0(filtered, segments)
-            raw = stack.enter_context(Spool())
-            envelope = Envelope(self.voice.config.sample_rate // 2)
-            total = len(self.source) / SAMPLE_RATE
-            for segment, raw_features in zip(
-                segments, itertools.chain([first], encoded), strict=True
-            ):
-                for block in self._convert_segment(segment, raw_features, f0):
-                    raw.append(block)
-                    envelope.add(block)
-                    if progress:
-                        rate = self.voice.config.sample_rate
-                        progress(min(len(raw) / rate, total), total)
-            with self.report.stage("finish"):
-                finish = self._finisher(filtered, raw, envelope)
-                gain = limit_gain(peak(finish()))
-            for block in finish():
-                yield np.float32(gain) * block
+            blocks = self._converted(segments, itertools.chain([first], encoded), f0)
             if progress:
+                blocks = self._observed(blocks, progress)
+            if self.options.volume_envelope != 1:
+                blocks = self._matched(blocks, filtered)
+            finished = stack.enter_context(self.source.like(expected=self.target))
+            loudest = 0.0
+            with self.report.stage("finish"):
+                for block in self._fitted(blocks, gate):
+                    finished.append(block)
+                    loudest = max(loudest, peak([block]))
+            if progress:
+                total = len(self.source) / SAMPLE_RATE
                 progress(total, total)
+            stack.pop_all()  # the caller's from now on
+            return finished, np.float32(limit_gain(loudest))
+
+    def _observed(
+        self, blocks: Iterator[np.ndarray], progress: Progress
+    ) -> Iterator[np.ndarray]:
+        """The same blocks at the voice's rate, each told to ``progress`` first."""
+        done, total = 0, len(self.source) / SAMPLE_RATE
+        for block in blocks:
+            done += len(block)
+            progress(min(done / self.voice.config.sample_rate, total), total)
+            yield block
 
     def _f0(self, filtered: Spool, segments: Sequence[Segment]) -> np.ndarray | None:
         """Shifted F0 ``[T]`` of the padded recording in Hz; None without F0."""
@@ -160,6 +185,16 @@ class Job:
                 features = self.nets.encoder.start(audio, self.voice.config.version)
             yield features
 
+    def _converted(
+        self,
+        segments: Sequence[Segment],
+        encoded: Iterable[Array],
+        f0: np.ndarray | None,
+    ) -> Iterator[np.ndarray]:
+        """Blocks of the segments' output at the voice's rate."""
+        for segment, raw in zip(segments, encoded, strict=True):
+            yield from self._convert_segment(segment, raw, f0)
+
     def _convert_segment(
         self, segment: Segment, raw: Array, f0: np.ndarray | None
     ) -> Iterator[np.ndarray]:
@@ -193,28 +228,35 @@ class Job:
         share = np.where(f0 < 1, options.protect, 1.0).astype(np.float32)[:, None]
         return share * blended + (1 - share) * doubled
 
-    def _finisher(
-        self, filtered: Spool, raw: Spool, envelope: Envelope
-    ) -> Callable[[], Iterator[np.ndarray]]:
-        """A pass over the raw output: loudness, silence, output rate, exact length."""
-        options, rate = self.options, self.voice.config.sample_rate
-        mix = options.volume_envelope
-        source_points = (
-            rms_points(filtered.blocks(), SAMPLE_RATE // 2) if mix != 1 else np.ones(1)
-        )
-        output_points = envelope.points()
-        gate = None if options.reference_lengths else SilenceGate(self.source)
-
-        def finish() -> Iterator[np.ndarray]:
-            blocks = match_loudness_blocks(
-                raw.blocks(), source_points, output_points, len(raw), mix
+    def _matched(
+        self, blocks: Iterable[np.ndarray], filtered: Spool
+    ) -> Iterator[np.ndarray]:
+        """The blocks with the recording's loudness, which needs all of them first."""
+        points = rms_points(filtered.blocks(), SAMPLE_RATE // 2)
+        envelope = Envelope(self.voice.config.sample_rate // 2)
+        with self.source.like() as raw:
+            for block in blocks:
+                raw.append(block)
+                envelope.add(block)
+            match = LoudnessMatch(
+                points, envelope.points(), len(raw), self.options.volume_envelope
             )
-            if gate:
-                blocks = _gated(blocks, gate, rate)
-            blocks = resample_blocks(blocks, rate, self.output_rate)
-            return blocks if options.reference_lengths else _cut(blocks, self.target)
+            yield from in_parallel(
+                lambda start: match.apply(
+                    raw.read(start, min(start + BLOCK, len(raw))), start
+                ),
+                range(0, len(raw), BLOCK),
+            )
 
-        return finish
+    def _fitted(
+        self, blocks: Iterator[np.ndarray], gate: SilenceGate | None
+    ) -> Iterator[np.ndarray]:
+        """The blocks with silence where it was, at the output's rate and length."""
+        rate = self.voice.config.sample_rate
+        if gate:
+            blocks = _gated(blocks, gate, rate)
+        blocks = resample_blocks(blocks, rate, self.output_rate)
+        return blocks if self.options.reference_lengths else _cut(blocks, self.target)
 
 
 def _check_options(voice: Voice, options: ConversionOptions) -> None:
@@ -264,7 +306,7 @@ def _gated(
 ) -> Iterator[np.ndarray]:
     position = 0
     for block in blocks:
-        yield block * gate.gain(position, position + len(block), rate)
+        yield gate.apply(block, position, rate)
         position += len(block)
 
 

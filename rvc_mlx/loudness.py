@@ -3,7 +3,8 @@
 Everything works on streams of blocks; the array forms are built on them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -86,20 +87,14 @@ def rms_points(blocks: Iterable[np.ndarray], hop: int) -> np.ndarray:
     return envelope.points()
 
 
-def match_loudness_blocks(
-    blocks: Iterable[np.ndarray],
-    source_points: np.ndarray,
-    output_points: np.ndarray,
-    total: int,
-    rate: float,
-) -> Iterator[np.ndarray]:
-    """Yield the output with its loudness moved towards that of the source.
+@dataclass(frozen=True)
+class LoudnessMatch:
+    """Moves the loudness of an output towards that of its source.
 
     Each sample is multiplied by (source / output) ** (1 - rate), both envelopes
-    stretched linearly over the ``total`` samples of the output.
+    stretched linearly over the whole output.
 
-    Args:
-        blocks: the output from its first sample on, float32 ``[n]`` each.
+    Attributes:
         source_points: ``[K1]`` loudness of the source (``rms_points``).
         output_points: ``[K2]`` loudness of the output.
         total: samples of the whole output.
@@ -108,21 +103,30 @@ def match_loudness_blocks(
     Source:
         RVC, ``change_rms``; its ``F.interpolate(mode="linear")``.
     """
-    start = 0
-    for y in blocks:
-        if rate == 1 or not len(y):
-            yield y
-            continue
+
+    source_points: np.ndarray
+    output_points: np.ndarray
+    total: int
+    rate: float
+
+    def apply(self, y: np.ndarray, start: int) -> np.ndarray:
+        """Samples ``y`` ``[n]`` float32 of the output, from ``start`` on, as they will be."""
+        if self.rate == 1 or not len(y):
+            return y
         stop = start + len(y)
-        source = _stretched(source_points, start, stop, total)
-        output = np.maximum(_stretched(output_points, start, stop, total), 1e-6)
-        yield y * ((source / output).astype(np.float32) ** np.float32(1 - rate))
-        start = stop
+        source = _stretched(self.source_points, start, stop, self.total)
+        output = _stretched(self.output_points, start, stop, self.total)
+        np.maximum(output, 1e-6, out=output)
+        ratio = np.divide(source, output, out=source).astype(np.float32)
+        return y * ratio ** np.float32(1 - self.rate)
 
 
 def _stretched(points: np.ndarray, start: int, stop: int, total: int) -> np.ndarray:
     """Return samples start..stop of ``points`` [K] interpolated to ``total`` samples."""
-    position = (np.arange(start, stop) + 0.5) * (len(points) / total) - 0.5
+    position = np.arange(start, stop, dtype=np.float64)
+    position += 0.5
+    position *= len(points) / total
+    position -= 0.5
     return np.interp(position, np.arange(len(points)), points)  # holds at both ends
 
 
@@ -142,7 +146,7 @@ def match_loudness(
     """
     source = rms_points([source16k], SAMPLE_RATE // 2)
     output = rms_points([y], sample_rate // 2)
-    return next(match_loudness_blocks([y], source, output, len(y), rate))
+    return LoudnessMatch(source, output, len(y), rate).apply(y, 0)
 
 
 class SilenceGate:
@@ -190,10 +194,7 @@ class SilenceGate:
         """
         gain = np.ones(stop - start, np.float32)
         fade = max(self.fade_seconds * sample_rate, 1e-9)
-        begins = self._starts * sample_rate / SILENCE_FRAME_RATE  # samples, fractional
-        ends = self._stops * sample_rate / SILENCE_FRAME_RATE
-        for run in np.flatnonzero((begins < stop) & (ends > start)):
-            begin, end = begins[run], ends[run]
+        for begin, end in self._runs(start, stop, sample_rate):
             low = max(start, int(np.ceil(begin)))
             high = int(min(stop, np.ceil(end)))
             # Samples from the nearer sounding frame; the ends of a recording have none.
@@ -201,6 +202,19 @@ class SilenceGate:
             distance = np.minimum(index - begin if begin else np.inf, end - index)
             gain[low - start : high - start] = np.maximum(1 - distance / fade, 0)
         return gain
+
+    def apply(self, y: np.ndarray, start: int, sample_rate: int) -> np.ndarray:
+        """Samples ``y`` ``[n]`` of the output from ``start`` on, times their gain."""
+        stop = start + len(y)
+        silent = len(self._runs(start, stop, sample_rate)) > 0
+        return y * self.gain(start, stop, sample_rate) if silent else y
+
+    def _runs(self, start: int, stop: int, sample_rate: int) -> np.ndarray:
+        """Silences that overlap ``start`` to ``stop``: ``[runs, 2]``, in samples."""
+        begins = self._starts * sample_rate / SILENCE_FRAME_RATE  # samples, fractional
+        ends = self._stops * sample_rate / SILENCE_FRAME_RATE
+        found = (begins < stop) & (ends > start)
+        return np.stack([begins[found], ends[found]], axis=1)
 
 
 def _silent_frames(source: Spool, threshold: float) -> np.ndarray:

@@ -6,8 +6,17 @@ import ctypes
 import importlib.util
 import os
 import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
+
+_MOST_THREADS = 16  # of one piece of work; numpy holds Python's lock between its calls
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 # To be set before MLX is imported. Its own limits suit one model with one
 # length: 128 plans of cuDNN, for example, where one conversion takes about 200 for each
@@ -92,3 +101,28 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def in_parallel(
+    function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[Result]:
+    """``function`` of every item, in order, on the processors that there are.
+
+    Results wait to be taken for no more than two items a thread, so memory is bounded.
+
+    Args:
+        function: releases Python's lock for most of its time, as numpy does.
+        items: what it is called with.
+    """
+    threads = min(_MOST_THREADS, processors(), len(items))
+    if threads < 2:
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

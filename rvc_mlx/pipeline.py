@@ -1,8 +1,9 @@
 """The conversion: one way from a recording to the same words in another voice.
 
-Everything streams: the recording lies in a temporary file, segments go through the
-networks one by one, and the steps that need the whole file (peak, high-pass, loudness,
-limit) are passes over such files. An hour costs no more memory than ten minutes.
+Everything streams: segments go through the networks one by one, and the steps that need
+the whole recording (peak, high-pass, loudness, limit) are passes over spools, which move
+from memory to temporary files when they grow long. An hour costs no more memory than ten
+minutes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from rvc_mlx.audio import SAMPLE_RATE, resample
 from rvc_mlx.audio_io import AudioReader, AudioWriter, load_spool
+from rvc_mlx.bundled_models import choose_voice
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.job import Job, Nets, Progress
 from rvc_mlx.loading import (
@@ -127,11 +129,9 @@ class VoiceConverter:
         """
         options = options or ConversionOptions()
         audio = _as_mono(audio)
-        with Spool() as source:
-            source.append(resample(audio, sample_rate, SAMPLE_RATE))
+        with Spool.around(resample(audio, sample_rate, SAMPLE_RATE)) as source:
             job = Job(self._nets(), source, len(audio), sample_rate, options, noise, f0)
-            blocks = list(job.run())
-        return Conversion(np.concatenate(blocks), job.output_rate)
+            return Conversion(job.whole(), job.output_rate)
 
     def convert_file(
         self,
@@ -195,10 +195,13 @@ def load(
     """Load a voice and what it needs.
 
     Args:
-        voice: an RVC voice: ``.pth``, ``.safetensors`` or ``.npz``.
-        index: its ``.index`` file, or None to convert without retrieval.
-        encoder: content encoder; None finds the downloaded one that the voice names.
-        rmvpe: pitch network; None finds the downloaded one.
+        voice: an RVC voice: ``.pth``, ``.safetensors`` or ``.npz``, or the name of a
+            bundled one.
+        index: its ``.index`` file; None for the one that a bundled voice brings along,
+            and for no retrieval with other voices; "" for none.
+        encoder: content encoder; None finds the bundled or downloaded one that the
+            voice names.
+        rmvpe: pitch network; None finds the one that the voice names, likewise.
         device: ``"auto"``, ``"gpu"``, ``"cpu"`` or ``"mlx-cpu"``.
         precision: ``"auto"``, ``"f32"``, ``"bf16"`` or ``"f16"``.
 
@@ -211,13 +214,27 @@ def load(
         OSError: a file is missing or cannot be read.
     """
     engine = choose_engine(device, precision, cache_folder() / "compiled")
+    return load_on(engine, voice, index, encoder=encoder, rmvpe=rmvpe)
+
+
+def load_on(
+    engine: Engine,
+    voice: str | Path,
+    index: str | Path | None = None,
+    *,
+    encoder: str | Path | None = None,
+    rmvpe: str | Path | None = None,
+) -> VoiceConverter:
+    """As ``load``, on an engine that is there already."""
+    voice, index = choose_voice(voice, index)
     checkpoint = read_weights(voice, "voice")
     bound = Voice(checkpoint, engine)
     embedder = str(checkpoint.metadata.get("embedder_model") or "contentvec")
     encoder_path = encoder or find_weights("contentvec", embedder)
     net = None
     if bound.config.f0:
-        path = rmvpe or find_weights("rmvpe", "rmvpe")
+        wanted = str(checkpoint.metadata.get("pitch_model") or "rmvpe")
+        path = rmvpe or find_weights("rmvpe", wanted)
         net = PitchNet(read_weights(path, "rmvpe"), engine)
     return VoiceConverter(
         bound,
@@ -236,6 +253,6 @@ def _as_mono(audio: np.ndarray) -> np.ndarray:
         raise ValueError(
             f"audio has shape {audio.shape}; expected [samples] or [samples, channels]"
         )
-    if not np.isfinite(audio).all():
+    if len(audio) and not np.isfinite([audio.min(), audio.max()]).all():
         raise ValueError("audio holds NaN or infinite samples; expected -1..1")
     return audio

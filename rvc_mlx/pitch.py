@@ -235,9 +235,8 @@ def sample_cycles(
     if linear:
         position = (np.arange(T * U) + 0.5) / U - 0.5
         curve = np.interp(position, np.arange(T), f0).reshape(T, U)
-    else:
-        curve = np.broadcast_to(f0[:, None], (T, U))
-    return curve / (FRAME_RATE * U)
+        return curve / (FRAME_RATE * U)
+    return np.broadcast_to((f0 / (FRAME_RATE * U))[:, None], (T, U))
 
 
 def sample_phases(cycles: np.ndarray) -> np.ndarray:

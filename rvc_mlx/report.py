@@ -24,14 +24,19 @@ class Report:
     samples: int = 0
     sample_rate: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    # Seconds of finished stages within the one that is running.
+    _inner: float = field(default=0.0, init=False, repr=False)
     joins: list[float] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time inside the block to a stage."""
+        """Add the time inside the block to a stage; not that of stages within it."""
         start = time.perf_counter()
+        before, self._inner = self._inner, 0.0
         try:
             yield
         finally:
             spent = time.perf_counter() - start
-            self.stages[name] = self.stages.get(name, 0.0) + spent
+            own = spent - self._inner
+            self.stages[name] = self.stages.get(name, 0.0) + own
+            self._inner = before + spent

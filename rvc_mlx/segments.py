@@ -9,6 +9,7 @@ import numpy as np
 
 from rvc_mlx import pitch
 from rvc_mlx.audio import SAMPLE_RATE
+from rvc_mlx.machine import in_parallel
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.spool import Spool
 
@@ -62,16 +63,23 @@ def find_cuts(audio: Spool, options: ConversionOptions) -> list[int]:
         return []
     query = round(options.x_query * SAMPLE_RATE)
     center = round(options.x_center * SAMPLE_RATE)
-    cuts = []
-    for middle in range(center, length, center):
-        start, stop = middle - query, min(middle + query, length)
-        half = FRAME // 2
-        window = audio.read_reflected(start - half, stop + half).astype(np.float64)
-        sums = np.cumsum(np.concatenate([[0.0], window]))
-        quiet = np.abs(sums[FRAME:] - sums[:-FRAME])[: stop - start]
-        cut = start + int(quiet.argmin())
-        cuts.append(cut - cut % FRAME)
-    return cuts
+    return list(
+        in_parallel(
+            lambda middle: _quietest(audio, middle - query, middle + query),
+            range(center, length, center),
+        )
+    )
+
+
+def _quietest(audio: Spool, start: int, stop: int) -> int:
+    """The frame of the quietest place from ``start`` to ``stop``, in samples."""
+    stop, half = min(stop, len(audio)), FRAME // 2
+    window = audio.read_reflected(start - half, stop + half)
+    sums = np.zeros(len(window) + 1)
+    np.cumsum(window, dtype=np.float64, out=sums[1:])
+    loudness = sums[FRAME:] - sums[:-FRAME]
+    cut = start + int(np.abs(loudness, out=loudness)[: stop - start].argmin())
+    return cut - cut % FRAME
 
 
 def plan_segments(audio: Spool, options: ConversionOptions) -> list[Segment]:

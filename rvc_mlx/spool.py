@@ -1,44 +1,66 @@
-"""A long float array kept in a temporary file, so that an hour of audio needs no memory.
+"""A long float array in memory, or in a temporary file once it outgrows its share of it.
 
-Reads and writes are plain file calls, not a memory map: mapped pages would count as
-resident memory. The file lies in the system's temporary folder (``TMPDIR``), which
-should be a disk: a folder in memory would defeat the purpose.
+So an hour of audio needs no more memory than some minutes. Reads and writes of the file
+are plain file calls, not a memory map: mapped pages would count as resident memory. It
+lies in the system's temporary folder (``TMPDIR``), which should be a disk: a folder in
+memory would defeat the purpose.
 """
 
 import os
 import tempfile
 from collections.abc import Iterator
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
 BLOCK = 1 << 18  # samples: 1 MiB of float32
+MEMORY = 32 << 20  # bytes of a recording kept in memory: 9 minutes at 16 kHz
 
 
 class Spool:
-    """An append-only array of float32 or float64 samples in a temporary file.
+    """An append-only array of float32 or float64 samples.
 
-    The file has no name on POSIX systems from the moment it is made, so it disappears
-    however the program ends. Use it as a context manager, or call ``close``.
+    The file, if there is one, has no name on POSIX systems from the moment it is made,
+    so it disappears however the program ends. Use a spool as a context manager, or call
+    ``close``.
 
     Args:
         dtype: float32 or float64; what is stored and returned.
+        memory: most bytes kept in memory; a longer array is in a file.
+        expected: samples that will come, as far as known: saves copies.
 
     Raises:
         ValueError: if the dtype is another one.
         OSError: if the temporary folder cannot be written.
     """
 
-    def __init__(self, dtype: npt.DTypeLike = np.float32):
+    def __init__(
+        self,
+        dtype: npt.DTypeLike = np.float32,
+        memory: int = MEMORY,
+        expected: int = 0,
+    ):
         self.dtype = np.dtype(dtype)
         if self.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
             raise ValueError(f"a spool holds float32 or float64, not {self.dtype}")
+        self._memory = memory
         self._length = 0
-        # Unbuffered: blocks are large, and positions are given with every call.
-        self._file = tempfile.TemporaryFile(  # noqa: SIM115 (closed by close)
-            prefix="rvc-mlx-", buffering=0
-        )
+        self._buffer = np.empty(0, self.dtype)
+        self._file: BinaryIO | None = None
+        self._make_room(expected)
+
+    @classmethod
+    def around(cls, x: np.ndarray) -> "Spool":
+        """A spool of what is in memory anyway, ``[n]`` float32 or float64, not copied."""
+        spool = cls(x.dtype, memory=np.iinfo(np.int64).max)
+        spool._buffer, spool._length = x, len(x)
+        return spool
+
+    def like(self, dtype: npt.DTypeLike = np.float32, expected: int = 0) -> "Spool":
+        """A new spool that may take as much memory as this one."""
+        return Spool(dtype, self._memory, expected)
 
     def __len__(self) -> int:
         return self._length
@@ -55,8 +77,26 @@ class Spool:
         self.close()
 
     def close(self) -> None:
-        """Delete the file; the spool is unusable afterwards."""
-        self._file.close()
+        """Forget the array, and its file; the spool is unusable afterwards."""
+        self._buffer, self._length = np.empty(0, self.dtype), 0
+        if self._file:
+            self._file.close()
+
+    def _make_room(self, length: int) -> None:
+        """Let ``length`` samples fit into the buffer, or move to a file."""
+        if self._file or length <= len(self._buffer):
+            return
+        kept = self._buffer[: self._length]
+        if length * self.dtype.itemsize > self._memory:
+            # Unbuffered: blocks are large, and positions are given with every call.
+            self._file = tempfile.TemporaryFile(  # noqa: SIM115 (closed by close)
+                prefix="rvc-mlx-", buffering=0
+            )
+            self._write_file(0, kept)
+            self._buffer = np.empty(0, self.dtype)
+        else:
+            self._buffer = np.empty(max(length, 2 * len(self._buffer)), self.dtype)
+            self._buffer[: len(kept)] = kept
 
     def append(self, x: np.ndarray) -> None:
         """Add ``x`` ``[n]`` at the end.
@@ -65,17 +105,18 @@ class Spool:
             ValueError: if ``x`` is not one-dimensional.
             OSError: if the disk is full.
         """
-        self.write(self._length, x)
+        if x.ndim != 1:
+            raise ValueError(f"a spool takes [n], not {x.shape}")
+        stop = self._length + len(x)
+        self._make_room(stop)
+        if self._file:
+            self._write_file(self._length, x)
+        else:
+            self._buffer[self._length : stop] = x
+        self._length = stop
 
-    def write(self, start: int, x: np.ndarray) -> None:
-        """Put ``x`` ``[n]`` at ``start``; a gap before it reads as zeros.
-
-        Raises:
-            ValueError: if ``x`` is not one-dimensional or ``start`` is negative.
-            OSError: if the disk is full.
-        """
-        if x.ndim != 1 or start < 0:
-            raise ValueError(f"a spool takes [n] at 0 or later, not {x.shape}, {start}")
+    def _write_file(self, start: int, x: np.ndarray) -> None:
+        assert self._file
         data = np.ascontiguousarray(x, dtype=self.dtype).view(np.uint8).data
         offset = start * self.dtype.itemsize
         try:
@@ -87,16 +128,19 @@ class Spool:
                 f"{tempfile.gettempdir()}: cannot write temporary audio "
                 f"({error.strerror}); free some space or set TMPDIR to another folder"
             ) from error
-        self._length = max(self._length, start + len(x))
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return samples ``start`` to ``stop``, ``[stop - start]``.
+        """Return samples ``start`` to ``stop``, ``[stop - start]``, not to be changed.
 
         Raises:
             ValueError: if the range is not inside 0..length.
         """
         if not 0 <= start <= stop <= self._length:
             raise ValueError(f"{start}:{stop} is outside a spool of {self._length}")
+        if self._file is None:
+            out = self._buffer[start:stop]
+            out.flags.writeable = False
+            return out
         out = np.empty(stop - start, self.dtype)
         data = out.view(np.uint8).data
         offset = start * self.dtype.itemsize
@@ -106,6 +150,12 @@ class Spool:
                 raise OSError("the temporary audio file became shorter while in use")
             data, offset = data[count:], offset + count
         return out
+
+    def take(self) -> np.ndarray:
+        """Close the spool and return all of it, ``[length]``; it is the caller's."""
+        x = self.read(0, self._length) if self._file else self._buffer[: self._length]
+        self.close()
+        return x
 
     def read_reflected(self, start: int, stop: int) -> np.ndarray:
         """Return ``[stop - start]`` samples; outside the array it is mirrored.
@@ -121,6 +171,8 @@ class Spool:
             raise ValueError("an empty spool has nothing to mirror")
         if 0 <= start <= stop <= self._length:
             return self.read(start, stop)
+        if -self._length < start <= stop < 2 * self._length:
+            return self._mirrored_once(start, stop)
         period = max(2 * (self._length - 1), 1)
         index = np.arange(start, stop) % period
         index = np.minimum(index, period - index) if self._length > 1 else index * 0
@@ -131,12 +183,19 @@ class Spool:
         low = int(index.min())
         return self.read(low, int(index.max()) + 1)[index - low]
 
+    def _mirrored_once(self, start: int, stop: int) -> np.ndarray:
+        """``read_reflected`` of a range that leaves the array by less than its length."""
+        n = self._length
+        parts = [self.read(min(max(start, 0), n), max(min(stop, n), 0))]
+        if start < 0:
+            parts.insert(0, self.read(max(1 - stop, 1), 1 - start)[::-1])
+        if stop > n:
+            parts.append(
+                self.read(2 * n - 1 - stop, min(2 * n - 1 - start, n - 1))[::-1]
+            )
+        return np.concatenate(parts)
+
     def blocks(self, size: int = BLOCK) -> Iterator[np.ndarray]:
         """Yield the array in order, in blocks of ``size`` (the last may be shorter)."""
         for start in range(0, self._length, size):
             yield self.read(start, min(start + size, self._length))
-
-    def blocks_reversed(self, size: int = BLOCK) -> Iterator[np.ndarray]:
-        """Yield the array backwards: joined, the blocks are the array reversed."""
-        for stop in range(self._length, 0, -size):
-            yield self.read(max(stop - size, 0), stop)[::-1]

@@ -48,8 +48,8 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def bundled() -> SimpleNamespace:
-    """Paths of the bundled models: ``voice``, ``index``, ``encoder``, ``rmvpe``, ``speech``."""
-    folder = ROOT / "rvc_mlx" / "bundled"
+    """Paths of the tests' small models, and of a clip of speech to convert."""
+    folder = ROOT / "tests" / "small_models"
     return SimpleNamespace(
         folder=folder,
         voice=folder / "voice.pth",

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -71,3 +73,29 @@ def test_mlx_multiplies_by_openblas_unless_it_was_there_first():
     assert "libopenblas" in lines[0][1]
     assert lines[1][:2] == lines[2][:2] == ["False", "None"]
     assert {line[2] for line in lines} == {"[62.0, 214.0, 366.0]\n"}
+
+
+def test_work_in_parallel_comes_in_order_and_waits_to_be_taken(monkeypatch):
+    monkeypatch.setattr(machine, "processors", lambda: 3)
+    begun = []
+
+    def work(item):
+        time.sleep(0.02 if item % 2 == 0 else 0)
+        begun.append(item)
+        return item**2
+
+    results = machine.in_parallel(work, range(40))
+    assert next(results) == 0
+    assert len(begun) <= 6  # two items a thread
+    assert list(results) == [n**2 for n in range(1, 40)]
+    assert sorted(begun) == list(range(40))
+
+
+def test_work_in_parallel_raises_what_the_work_raises():
+    with pytest.raises(ZeroDivisionError):
+        list(machine.in_parallel(lambda n: 1 / n, range(3, -1, -1)))
+
+
+def test_one_item_needs_no_thread():
+    [thread] = machine.in_parallel(lambda _: threading.current_thread(), [0])
+    assert thread is threading.main_thread()

@@ -12,7 +12,7 @@ import torch
 
 import rvc_mlx
 from rvc_mlx import ConversionOptions, pitch
-from rvc_mlx.audio import high_pass
+from rvc_mlx.audio import high_pass, high_pass_spool
 from rvc_mlx.engine import OpenVINOEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.noise import Noise
@@ -487,7 +487,7 @@ def test_bad_f0_file_is_refused(small_converter, speech, tmp_path, text, message
 def test_estimate_is_what_injection_replaces(small_converter, speech):
     """Injecting the estimate gives the conversion without injection."""
     net = small_converter.pitch_net
-    with spooled(high_pass(speech), np.float32) as filtered:
+    with spooled(speech, np.float32) as source, high_pass_spool(source) as filtered:
         [segment] = plan_segments(filtered, ConversionOptions())
         f0 = pitch.estimate_f0(
             net.salience,

@@ -63,7 +63,8 @@ from recipes.pitch_training import (
 )
 from recipes.pitch_training import prepare as prepare_pitch
 from recipes.running import Watch, on_device, run
-from rvc_mlx.loading import read_weights
+from rvc_mlx.engine import choose_engine
+from rvc_mlx.loading import Encoder, read_weights
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
 from rvc_mlx.models.layers import load_strictly
 from rvc_mlx.models.rmvpe import GRU, RMVPE, RMVPEConfig
@@ -81,6 +82,7 @@ TINY_CONTENT = ContentVecConfig(
     pos_conv_groups=2,
     final_proj_size=0,
     bottleneck_size=12,
+    centred=True,
 )
 TINY_PITCH = RMVPEConfig(
     base_channels=4, levels=2, blocks=1, inter_layers=1, n_mels=32, gru_size=8
@@ -417,7 +419,7 @@ def content_training(seed: int = 0, steps: int = 40) -> tuple[Training, ContentB
 
 
 def test_the_content_loss_falls(tmp_path):
-    training, batches = content_training(steps=24)
+    training, batches = content_training(steps=48)
     made = (prepare_content(batches(i), 25) for i in itertools.count())
     history = run(training, made, Watch(tmp_path / "c.safetensors", log_every=8))
     assert history[-1]["phones"] < 0.75 * history[0]["phones"]
@@ -608,6 +610,27 @@ def test_an_exported_pitch_network_loads_as_a_public_one(tmp_path, rng):
     load_strictly(loaded, tensors)
     mel = mx.array(rng.standard_normal((1, 8, 32)), mx.float32)
     np.testing.assert_allclose(loaded(mel), net(mel), atol=2e-3)  # float16 weights
+
+
+def test_centred_features_have_no_mean_whatever_engine_and_length(tmp_path, rng):
+    mx.random.seed(4)
+    net = ContentVec(TINY_CONTENT)
+    net.eval()
+    export(tmp_path / "c.safetensors", net, "contentvec", {"num_heads": 2})
+    checkpoint = read_weights(tmp_path / "c.safetensors", "contentvec")
+    encoder = Encoder(checkpoint, choose_engine("cpu", "f32"))
+    assert encoder.config == TINY_CONTENT
+    for samples in (4000, 16000, 31333):
+        audio = rng.standard_normal(samples).astype(np.float32) / 10
+        features = encoder.encode(audio, "v2")
+        assert np.abs(features).mean() > 0.01
+        np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-5)
+        np.testing.assert_allclose(
+            features, net(mx.array(audio[None]))[0], atol=5e-3
+        )  # float16 weights
+    hidden = net.hidden_state(mx.array(audio[None]), 1)[0]
+    plain = np.array(hidden @ net.bottleneck.weight.T)
+    np.testing.assert_allclose(features, plain - plain.mean(axis=0), atol=5e-3)
 
 
 def test_weights_beyond_half_precision_are_refused(tmp_path):

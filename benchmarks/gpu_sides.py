@@ -1,0 +1,149 @@
+"""What the GPU benchmark times, on our side and on PyTorch's, by the same names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Protocol
+
+import common
+import numpy as np
+import torch
+from our_side import OurSynthesis, SynthesisInputs
+from torch_side import OnDevice, Place, TorchPipeline, synthesize
+from twins import Sides, converter
+
+from rvc_mlx import pitch
+from rvc_mlx.noise import Noise
+from rvc_mlx.options import ConversionOptions
+
+INDEX_RATE = 0.75
+
+
+class Side(Protocol):
+    """One program in one precision; every result is on the host when a call returns."""
+
+    def hubert(self, audio: np.ndarray) -> np.ndarray:
+        """Samples ``[n]`` at 16 kHz to features ``[F, C]``."""
+
+    def rmvpe(self, audio: np.ndarray) -> np.ndarray:
+        """Samples to F0 ``[n // 160 + 1]`` in Hz: mel, network and decoding."""
+
+    def synthesizer(self, inputs: SynthesisInputs) -> np.ndarray:
+        """Features and F0 to audio: text encoder, flow and vocoder."""
+
+    def convert(self, audio: np.ndarray) -> np.ndarray:
+        """The whole conversion, array to array."""
+
+    def convert_many(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The whole conversion of several recordings."""
+
+
+class Ours:
+    """This program."""
+
+    def __init__(self, files: common.Models, sides: Sides):
+        self._converter = converter(files, sides)
+        self._noise = sides.engine.noise(0)
+        rate = INDEX_RATE if files.index else 0.0
+        self._options = ConversionOptions(index_rate=rate)
+
+    def hubert(self, audio: np.ndarray) -> np.ndarray:
+        """As of ``Side``."""
+        voice = self._converter.voice
+        return self._converter.encoder.encode(audio, voice.config.version)
+
+    def rmvpe(self, audio: np.ndarray) -> np.ndarray:
+        """As of ``Side``."""
+        net = self._converter.pitch_net
+        assert net is not None
+        return pitch.estimate_f0(
+            net.salience.start, lambda start, stop: audio[start:stop], len(audio)
+        )
+
+    def synthesizer(self, inputs: SynthesisInputs) -> np.ndarray:
+        """As of ``Side``."""
+        ours = OurSynthesis(self._converter.voice, self._noise)
+        return ours.synthesize(inputs.features, inputs.f0)
+
+    def convert(self, audio: np.ndarray) -> np.ndarray:
+        """As of ``Side``."""
+        return self._converter.convert(audio, common.SAMPLE_RATE, self._options).audio
+
+    def convert_many(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """As of ``Side``."""
+        return [self.convert(clip) for clip in clips]
+
+
+class KeptNoise:
+    """Numbers drawn once: PyTorch's side is not to be slowed by numpy's generator."""
+
+    def __init__(self) -> None:
+        noise = Noise(0)
+        self.normal = cache(noise.normal)
+        self.uniform = cache(noise.uniform)
+
+
+class Theirs:
+    """The reference on PyTorch.
+
+    Args:
+        files: the models.
+        place: where and how it computes.
+        compiled: through ``torch.compile``.
+    """
+
+    def __init__(self, files: common.Models, place: Place, compiled: bool = False):
+        self._pipeline = TorchPipeline(files, place)
+        self._noise = KeptNoise()
+        self._rate = INDEX_RATE if files.index else 0.0
+        if compiled:
+            voice, encoder = self._pipeline.synthesizer, self._pipeline.contentvec
+            _compile(voice, "infer")
+            _compile(encoder, "extract")
+            if self._pipeline.pitch:
+                _compile(self._pipeline.pitch.net, "forward")
+
+    def hubert(self, audio: np.ndarray) -> np.ndarray:
+        """As of ``Side``."""
+        version = self._pipeline.synthesizer.version
+        wave = torch.from_numpy(audio)[None]
+        return self._pipeline.contentvec.extract(wave, version)[0].numpy()
+
+    def rmvpe(self, audio: np.ndarray) -> np.ndarray:
+        """As of ``Side``."""
+        return self._pipeline.pitch.estimate_f0(audio)
+
+    def synthesizer(self, inputs: SynthesisInputs) -> np.ndarray:
+        """As of ``Side``."""
+        given = inputs._replace(noise=self._noise)  # type: ignore[arg-type]
+        return synthesize(self._pipeline.synthesizer, given)
+
+    def convert(self, audio: np.ndarray) -> np.ndarray:
+        """As of ``Side``."""
+        return self._pipeline.convert(audio, noise=self._noise, index_rate=self._rate)
+
+    def convert_many(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """As of ``Side``; one after the other, as the original does."""
+        return [self.convert(clip) for clip in clips]
+
+
+def _compile(net: OnDevice, method: str) -> None:
+    setattr(net.network, method, torch.compile(getattr(net.network, method)))
+
+
+def our_sides(files: common.Models, sides: Sequence[Sides]) -> dict[str, Side]:
+    """Our side in each precision, by name."""
+    return {f"ours {one.precision}": Ours(files, one) for one in sides}
+
+
+def torch_sides(files: common.Models, place: Place) -> dict[str, Side]:
+    """PyTorch's, by name: eager, and on a GPU in half precision too."""
+    half = [] if place.device.type == "cpu" else [place._replace(precision="f16")]
+    return {f"PyTorch {at.precision}": Theirs(files, at) for at in [place, *half]}
+
+
+def compiled_side(files: common.Models, place: Place) -> dict[str, Side]:
+    """PyTorch's through ``torch.compile``, by name."""
+    name = f"PyTorch {place.precision}, compiled"
+    return {name: Theirs(files, place, compiled=True)}

@@ -1,0 +1,48 @@
+"""The table of the figures that a GPU is judged by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from common import table
+from tables import Result, chosen, machine
+
+GPU_SIDES = ("ours tf32", "ours bf16", "ours f16", "PyTorch tf32", "PyTorch f16")
+GPU_SIDES += ("PyTorch tf32, compiled",)
+
+
+def gpu(results: list[Result]) -> str:
+    """What a GPU is judged by: medians in milliseconds."""
+    header = ("machine", "what", "audio, s", *(f"{name}, ms" for name in GPU_SIDES))
+    header += ("x realtime, best of ours", "speed-up, best against best")
+    rows = [
+        [machine(result), row["row"], row["seconds"]]
+        + [_milliseconds(row["sides"].get(name)) for name in GPU_SIDES]
+        + [_ratio(row["seconds"], _best(row, "ours"))]
+        + [_ratio(_best(row, "PyTorch"), _best(row, "ours"))]
+        for result in chosen(results, "gpu")
+        if result["sides"]["backend"] in ("cuda", "metal")
+        for row in result["rows"]
+    ]
+    if not rows:
+        rows = [["-", *["not measured"] * (len(header) - 1)]]
+    return table(header, rows)
+
+
+def _milliseconds(cell: dict | None) -> Any:
+    if cell is None:
+        return None
+    return "failed" if "failed" in cell else 1e3 * cell["median_s"]
+
+
+def _best(row: dict, program: str) -> float | None:
+    times = [
+        cell["median_s"]
+        for name, cell in row["sides"].items()
+        if name.startswith(program) and "median_s" in cell
+    ]
+    return min(times, default=None)
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return above / below if above and below else None

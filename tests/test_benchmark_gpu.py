@@ -1,0 +1,139 @@
+"""The GPU benchmark runs anywhere: here with the bundled models, on a CPU."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import benchmark_gpu as benchmark
+import gpu_table
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """In networks this small, threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, bundled):
+    """The bundled models under the names that benchmarks want."""
+    folder = tmp_path_factory.mktemp("models")
+    (folder / "hubert_base.pt").symlink_to(bundled.encoder)
+    (folder / "rmvpe.pt").symlink_to(bundled.rmvpe)
+    (folder / "v2_48k.pth").symlink_to(bundled.voice)
+    (folder / "v2.index").symlink_to(bundled.index)
+    return folder
+
+
+@pytest.fixture
+def run(models, tmp_path, monkeypatch, capsys):
+    """Words of the command line to exit code, result and output."""
+
+    def call(*words):
+        given = ["--engine", "openvino", "--precision", "f32", "--models", str(models)]
+        given += ["--seconds", "0.3", "--clips", "2", "--runs", "1"]
+        given += ["--most", "1000", *words]
+        monkeypatch.setattr(sys, "argv", ["x", *given, "--output", str(tmp_path)])
+        code = benchmark.main()
+        file = tmp_path / "gpu-openvino.json"
+        return code, json.loads(file.read_text()), capsys.readouterr().out
+
+    return call
+
+
+def test_every_row_is_measured_on_both_sides(run, monkeypatch):
+    monkeypatch.setattr(benchmark, "NEW_LENGTHS", (0.9, 0.8))
+    code, result, printed = run("--no-compile", "--index")
+    assert code == 0
+    assert [row["row"] for row in result["rows"]] == list(benchmark.ROWS)
+    for row in result["rows"]:
+        assert row["sides"].keys() == {"ours f32", "PyTorch f32"}
+        for cell in row["sides"].values():
+            samples = 2 if row["row"] == "new-length" else 1
+            assert len(cell["samples_s"]) == samples
+            assert cell["finite"]
+        assert f"| {row['row']} " in printed
+    seconds = {row["row"]: row["seconds"] for row in result["rows"]}
+    assert seconds["conversion-long"] == pytest.approx(20 * 0.3)
+    assert seconds["many"] == pytest.approx(2 * 0.1)
+    assert result["models"].keys() == {"hubert", "rmvpe", "voice", "index"}
+
+
+def test_rows_can_be_chosen_and_misspelt(run):
+    _, result, _ = run("--only", "hubert,rmvpe", "--mlx-only")
+    assert [row["row"] for row in result["rows"]] == ["hubert", "rmvpe"]
+    assert all(row["sides"].keys() == {"ours f32"} for row in result["rows"])
+    with pytest.raises(SystemExit):
+        run("--only", "hubert,rmpve")
+
+
+def test_a_killed_run_keeps_what_it_has(run, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpu_sides.Ours.rmvpe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("--only", "hubert,rmvpe", "--mlx-only")
+    kept = json.loads((tmp_path / "gpu-openvino.json").read_text())
+    assert [row["row"] for row in kept["rows"]] == ["hubert"]
+
+
+def test_few_samples_of_a_slow_call_are_taken(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.gc, "collect", lambda: None)  # slow beside PyTorch
+
+    def call(seconds):
+        now[0] += seconds
+        return np.zeros(1)
+
+    def cell(seconds):
+        return benchmark.time_cell(lambda: call(seconds), 7, 8.0)
+
+    assert len(cell(0.1)["samples_s"]) == 7
+    assert len(cell(2.0)["samples_s"]) == 3
+    assert len(cell(100.0)["samples_s"]) == 1
+
+
+def test_numbers_that_are_not_finite_are_an_error_of_ours_alone():
+    table = benchmark.Table()
+    cell = benchmark.time_cell(lambda: [np.zeros(2), np.array([np.nan])], 1, 1.0)
+    table.put("many", 1.0, "PyTorch f16", cell)
+    with pytest.raises(ValueError, match="many, ours bf16"):
+        table.put("many", 1.0, "ours bf16", cell)
+
+
+def test_what_pytorch_cannot_do_is_told_and_nothing_else():
+    def fail():
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    assert benchmark.attempt(fail, "PyTorch tf32") == {"failed": "CUDA out of memory"}
+    with pytest.raises(RuntimeError):
+        benchmark.attempt(fail, "ours tf32")
+
+
+def test_the_result_has_its_table_in_the_documents(tmp_path):
+    cells = {"median_s": 0.05, "min_s": 0.05, "samples_s": [0.05], "finite": True}
+    sides = {"ours tf32": cells, "ours bf16": cells | {"median_s": 0.025}}
+    sides |= {"PyTorch f16": cells, "PyTorch tf32, compiled": {"failed": "no compiler"}}
+    result = {
+        "benchmark": "gpu",
+        "file": "gpu-cuda.json",
+        "sides": {"backend": "cuda", "device": "x", "precision": "tf32, bf16"},
+        "environment": {"gpu": "H9000"},
+        "rows": [{"row": "conversion", "seconds": 30.0, "sides": sides}],
+    }
+    [line] = [x for x in gpu_table.gpu([result]).splitlines() if "H9000" in x]
+    values = ["H9000", "conversion", "30", "50", "25", "-", "-", "50", "failed"]
+    found = [cell.strip() for cell in line.strip("| ").split("|")]
+    assert found == [*values, "1200", "2"]
+    assert "not measured" in gpu_table.gpu([])
