@@ -6,7 +6,7 @@
 # CORPUS: folder with content, content-test, pitch-test and recordings; CLIPS: folder with
 # natural, mapped and flite (recipes/README.md, steps 1 to 5 and 11). ENCODER has its
 # .head.safetensors beside it. PYTHON names the interpreter, DEVICE the device of the
-# conversions, LABEL a prefix of the results. Steps that are done are done again.
+# conversions, RESULTS another folder for the results, AUDIO one to keep the conversions.
 set -euo pipefail
 if [ $# -ne 6 ] && [ $# -ne 8 ]; then
   sed -n '4p' "$0" | sed 's/^#  */usage: /' >&2
@@ -14,7 +14,7 @@ if [ $# -ne 6 ] && [ $# -ne 8 ]; then
 fi
 corpus=$1 clips=$2 encoder=$3 rmvpe=$4 slt=$5 rms=$6 slt_index=${7:-none} rms_index=${8:-none}
 python=${PYTHON:-python3} device=${DEVICE:-auto}
-results=benchmarks/results/evaluation
+results=${RESULTS:-benchmarks/results/evaluation}
 for file in "$encoder" "${encoder%.*}.head.safetensors" "$rmvpe" "$slt" "$rms" \
   "$slt_index" "$rms_index" "$corpus"/{content,content-test,pitch-test,recordings/{slt,rms}} \
   "$clips"/{natural,mapped,flite}/transcripts.txt recipes/judge_all.sh; do
@@ -47,8 +47,8 @@ convert mapped mapped "${both[@]}" --judges f0,speaker,clicks,loudness \
   ${AUDIO:+--audio "$AUDIO/mapped"}
 convert flite flite "${only_slt[@]}" --pictured 0 ${AUDIO:+--audio "$AUDIO/flite"}
 step pitch "$python" -m recipes.evaluate_pitch "$corpus/pitch-test" --network "$rmvpe" \
-  --snr inf 20 10 5 0 --report "$results/pitch.json"
+  --snr inf 10 5 --report "$results/pitch.json"
 step content "$python" -m recipes.evaluate_content "$encoder" "$corpus/content/part-0" \
   "$corpus/content-test" --report "$results/content.json" --speakers \
   kal ked awb slt slt_hts rms nsh ph krb dita machac lp pc lj nsk
-"$python" tools/render_evaluation.py
+"$python" tools/render_evaluation.py --results "$results"

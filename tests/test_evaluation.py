@@ -20,6 +20,7 @@ import judge_sound
 import judge_speaker
 import judge_words
 import judges
+import make_anchors
 from judging import Case, Judge, Missing, NoReadingError, Recording, mean_values
 
 from rvc_mlx.audio_io import save_audio
@@ -535,3 +536,16 @@ def test_a_goal_without_a_figure_is_missed():
     assert evaluation_report.missed_goals(voices) == [
         "v: character error added, points is -, the goal is <= 12"
     ]
+
+
+def test_anchors_have_the_noise_they_are_named_after(clip):
+    made = make_anchors.damaged(clip, seed=3)
+    assert np.array_equal(made["0 source itself"], clip)
+    for number, snr in ((1, 20), (2, 10), (3, 0)):
+        noisy = made[f"{number} noise {snr} dB"].astype(np.float64)
+        scale = (noisy @ clip) / (clip @ clip)
+        noise = noisy / scale - clip
+        ratio = np.square(clip).mean() / np.square(noise).mean()
+        assert 10 * np.log10(ratio) == pytest.approx(snr, abs=0.3)
+        assert np.abs(noisy).max() <= 0.9901
+    assert abs(np.corrcoef(made["4 noise alone"], clip)[0, 1]) < 0.05

@@ -89,6 +89,12 @@ def test_figures_come_from_the_results(place):
     assert run(place, "--check") == 0
 
 
+def test_recordings_that_no_voice_made_have_no_goals():
+    anchors = CONVERSION | {"label": "anchors", "voices": [VOICE | {"files": {}}]}
+    assert "missed" not in "".join(render_evaluation.conversion(anchors))
+    assert "verdict" not in "".join(render_evaluation.conversion(anchors))
+
+
 def test_a_stale_document_is_found(place, capsys):
     assert run(place, "--check") == 1
     assert "not up to date" in capsys.readouterr().out

@@ -76,14 +76,17 @@ def goal_rows(result: Result) -> str:
 
 
 def conversion(result: Result) -> list[str]:
-    """An evaluation of conversions: goals, figures, what was not measured."""
+    """An evaluation of conversions: goals, figures, what was not measured.
+
+    Recordings that no voice made, as the anchors, have no goals.
+    """
     files = [f["file"] for voice in result["voices"] for f in voice["files"].values()]
     parts = [
         f"### Conversions: {result['label']}",
         f"{len(result['sources'])} clips"
         + (f"; {', '.join(files)}" if files else "")
         + f"; judged by {', '.join(result['judges'])}.",
-        goals_table(result["voices"]),
+        *([goals_table(result["voices"])] if files else []),
         summary_table(result["voices"]),
     ]
     if remarks := notes(result["voices"]):
