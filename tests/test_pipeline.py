@@ -8,7 +8,6 @@ import copy
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 import rvc_mlx
 from rvc_mlx import ConversionOptions, pitch
@@ -25,17 +24,10 @@ from rvc_reference.noise import ZeroNoise
 from tools import make_test_models as maker
 from tools.random_weights import synthetic_speech
 
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 RATE = 32000  # of the small voice, Hz
 SEGMENTS = {"x_query": 1, "x_center": 2, "x_max": 3}  # seconds: cuts about 2, 4, ... s
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """In networks this small, threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
