@@ -369,19 +369,13 @@ def pack_weight(
             f"weight is [{C}, {k}, {C_in}]; the kernel wants [C, odd, C] "
             f"with C one of {CHANNELS}"
         )
-    w = packed_axes(weight, dtype).reshape(k, C, C)
+    group = _group(C, dtype)
+    w = weight.reshape(C // (8 * group), 4, group, 2, k, C)
+    w = w.transpose(4, 0, 2, 1, 3, 5).reshape(k, C, C)
     if dtype == mx.float32:
         bits = w.astype(mx.float32).view(mx.uint32)
         w = ((bits + 0x1000) & 0xFFFFE000).view(mx.float32)
     return PackedWeight(mx.contiguous(w.astype(dtype)), tile or default_tile(C, dtype))
-
-
-def packed_axes(weight: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Weights ``[C, k, C]`` with the axes of the kernel's order, ``[k, ..., C]``."""
-    C, k, _ = weight.shape
-    group = _group(C, dtype)
-    w = weight.reshape(C // (8 * group), 4, group, 2, k, C)
-    return w.transpose(4, 0, 2, 1, 3, 5)
 
 
 def fused_conv(

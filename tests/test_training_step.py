@@ -45,6 +45,7 @@ from rvc_mlx.training.losses import (
 )
 from rvc_mlx.training.optimizer import AdamW, moments, update
 from rvc_mlx.training.parametrization import (
+    Packing,
     folded,
     from_torch,
     initial,
@@ -57,6 +58,8 @@ from rvc_mlx.training.step import TrainStep, draw
 from rvc_reference.synthesizer import Synthesizer as TorchSynthesizer
 from rvc_reference.vocoders import frame_phase
 
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 KINDS = {
     "nsf": (Kind(), "v2"),
     "nsf-odd": (Kind(rates=(5, 2, 3), kernels=(10, 4, 6)), "v1"),
@@ -65,15 +68,6 @@ KINDS = {
 }
 FRAMES, SEGMENT = 24, 16
 N_FFT, WIN, MELS = 80, 64, 8  # a transform longer than its window, hop no divisor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """For networks this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_config(name: str) -> TrainingConfig:
@@ -717,6 +711,27 @@ def test_layout_and_weight_norm(name):
         assert plain.keys() == expected.keys()
         for key, value in expected.items():
             assert np.abs(plain[key] - value).max() <= 1e-6 * np.abs(value).max(), key
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_rows_of_a_packed_network_give_its_folded_weights(name):
+    config = make_config(name)
+    for parameters, names in zip(initial(config, 0), shapes(config), strict=True):
+        packing = Packing(names)
+        vector = np.array(packing.pack(parameters))
+        plain = np.full_like(vector, np.nan)
+        for first, count, step, place in packing.rows():
+            own = first + step * np.arange(count)
+            assert np.isnan(plain[own]).all()  # no value is in two rows
+            factor = 1.0
+            if place >= 0:
+                factor = vector[place] / np.linalg.norm(vector[own])
+                plain[place] = 0
+            plain[own] = factor * vector[own]
+        assert not np.isnan(plain).any()
+        found = packing.unpack(mx.array(plain))
+        for key, value in folded(parameters).items():
+            assert mx.allclose(found.get(key, found.get(f"{key}_v")), value, atol=1e-6)
 
 
 def test_transposed_convolutions_keep_the_norm_of_each_input():

@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx.conv_kernel import (
-    PackedWeight,
-    default_tile,
-    fused_conv,
-    packed_axes,
-    supports,
-)
+from rvc_mlx.conv_kernel import fused_conv, pack_weight, supports
 from rvc_mlx.models.layers import ResBlock
 from rvc_mlx.models.nsf_hifigan import HiFiGAN, average_blocks
 from rvc_mlx.training.convolutions import weight_slope
-from rvc_mlx.training.fused import fused, leaky_relu, rectified_slope
+from rvc_mlx.training.fused import leaky_relu, rectified_slope
 
 Product = Callable[..., mx.array]
 
@@ -44,10 +38,7 @@ def _average(x: mx.array, blocks: Sequence[nn.Module]) -> mx.array:
     """As ``average_blocks``."""
     if not all(_fits(block, x) for block in blocks):
         return average_blocks(x, blocks)
-    total = _through(blocks[0], x)
-    for block in blocks[1:]:
-        total = total + _through(block, x)
-    return total / len(blocks)
+    return average_blocks(x, [partial(_through, block) for block in blocks])
 
 
 def _fits(block: nn.Module, x: mx.array) -> bool:
@@ -79,7 +70,7 @@ def _product(dilation: int, slope: float, residual: bool) -> Product:
     def forward(x: mx.array, weight: mx.array, bias: mx.array, *added: mx.array):
         return fused_conv(
             x,
-            _packed(weight, x.dtype),
+            pack_weight(weight, x.dtype),
             bias,
             dilation=dilation,
             slope=slope,
@@ -95,7 +86,7 @@ def _product(dilation: int, slope: float, residual: bool) -> Product:
         del output
         x, weight, bias = primals[:3]
         taps = weight.shape[1]
-        backwards = _packed(weight[:, ::-1].transpose(2, 1, 0), x.dtype)
+        backwards = pack_weight(weight[:, ::-1].transpose(2, 1, 0), x.dtype)
         inner = fused_conv(
             cotangent, backwards, mx.zeros_like(bias), dilation=dilation, slope=1.0
         )
@@ -109,15 +100,3 @@ def _product(dilation: int, slope: float, residual: bool) -> Product:
         return (*made, cotangent) if residual else made
 
     return cast(Product, product)
-
-
-def _packed(weight: mx.array, dtype: mx.Dtype) -> PackedWeight:
-    """As ``pack_weight``, in two kernels."""
-    C, taps, _ = weight.shape
-    array = mx.contiguous(packed_axes(weight, dtype).reshape(taps, C, C))
-    if dtype == mx.float32:
-        array = _rounded(array.view(mx.uint32)).view(mx.float32)
-    return PackedWeight(array, default_tile(C, dtype))
-
-
-_rounded = fused(lambda bits: (bits + 0x1000) & 0xFFFFE000)

@@ -82,7 +82,9 @@ class Packing:
             }
         plain = self._folding(vector)
         weights = self.unpack(plain.astype(dtype))
-        weights |= {k: v for k, v in self.unpack(plain).items() if k.startswith(exact)}
+        if dtype != plain.dtype:
+            float32 = self.unpack(plain).items()
+            weights |= {k: v for k, v in float32 if k.startswith(exact)}
         return {
             name.removesuffix("_v") if name.endswith(".weight_v") else name: value
             for name, value in weights.items()
@@ -103,7 +105,7 @@ class Packing:
                 g_name = f"{name[:-1]}g"
                 g, places = self._shapes[g_name], starts[g_name]
                 count = math.prod(g)  # of norms; their axis is the first or the last
-                first = len(shape) > 0 and g[0] == count
+                first = g[0] == count
                 step, along = (1, size // count) if first else (count, 1)
                 rows += [
                     (start + i * along, size // count, step, places + i)
