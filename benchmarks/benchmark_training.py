@@ -24,6 +24,7 @@ from torch_side import Place
 
 import rvc_reference.training as reference
 from rvc_mlx.machine import lend_openblas
+from rvc_mlx.training import compiling
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.dataset import Batch
 from rvc_mlx.training.forward import Draws, draw, step_inputs
@@ -208,8 +209,8 @@ def main() -> int:
     parser.add_argument("--torch-device", choices=("cpu", "cuda", "mps"))
     parser.add_argument("--mlx-only", action="store_true")
     parser.add_argument(
-        "--compiled", action=argparse.BooleanOptionalAction, default=None,
-        help="compile the whole step (default: on a GPU)",
+        "--compile", dest="compiled", choices=compiling.WAYS,
+        help="the step (default: traced on a GPU, no on the CPU)",
     )  # fmt: skip
     parser.add_argument(
         "--reference-blas", action="store_true",

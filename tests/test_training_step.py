@@ -14,6 +14,7 @@ from tiny_models import Kind, arrays, randomize
 import rvc_reference.training as reference
 from rvc_mlx.models.layers import fold_weight_norm
 from rvc_mlx.models.voice_config import SynthesizerConfig
+from rvc_mlx.training import compiling
 from rvc_mlx.training import step as step_module
 from rvc_mlx.training.convolutions import (
     Convolutions,
@@ -115,17 +116,19 @@ def make_reference(
     return generator, discriminator
 
 
-def make_batch(config: TrainingConfig, seed: int = 0) -> SimpleNamespace:
+def make_batch(
+    config: TrainingConfig, seed: int = 0, frames: int = FRAMES
+) -> SimpleNamespace:
     rng = np.random.default_rng(seed)
-    lengths = np.array([FRAMES, FRAMES - 5], np.int32)
+    lengths = np.array([frames, frames - 5], np.int32)
     B = len(lengths)
-    wave = (0.3 * rng.standard_normal((B, FRAMES * config.hop))).astype(np.float32)
-    f0 = rng.uniform(80, 400, (B, FRAMES)).astype(np.float32)
+    wave = (0.3 * rng.standard_normal((B, frames * config.hop))).astype(np.float32)
+    f0 = rng.uniform(80, 400, (B, frames)).astype(np.float32)
     f0[:, 5:9] = 0
     voiced = config.model.f0
-    pitch = rng.integers(1, 256, (B, FRAMES)).astype(np.int32)
+    pitch = rng.integers(1, 256, (B, frames)).astype(np.int32)
     return SimpleNamespace(
-        phone=rng.standard_normal((B, FRAMES, 256)).astype(np.float32),
+        phone=rng.standard_normal((B, frames, 256)).astype(np.float32),
         lengths=lengths,
         pitch=pitch if voiced else None,
         pitchf=f0 if voiced else None,
@@ -482,16 +485,47 @@ def test_unknown_precision_and_foreign_parameters_are_refused():
         TrainStep(config, generator, discriminator)
 
 
+def test_traced_steps_are_the_plain_steps_bit_for_bit():
+    config = make_config("nsf")
+    batch = make_batch(config)
+    plain, traced = (make_step(config, compiled=way) for way in ("no", "traced"))
+    for _ in range(3):
+        assert run(plain, batch) == run(traced, batch)
+    for name, value in plain.state.items():
+        assert mx.array_equal(value, traced.state[name]), name
+
+
+def test_traced_step_follows_the_batch():
+    config = make_config("nsf")
+    plain, traced = (make_step(config, compiled=way) for way in ("no", "traced"))
+    for frames in (40, 56, 40):
+        batch = make_batch(config, frames=frames)
+        assert run(plain, batch) == run(traced, batch)
+
+
+def test_tracing_without_fusing_is_refused_where_mlx_has_no_switch(monkeypatch):
+    monkeypatch.setattr(compiling, "_SYMBOL", "no_such_symbol")
+    compiling._switch.cache_clear()
+    with pytest.raises(RuntimeError, match="pass --compile fused or --compile no"):
+        compiling.compiled(abs, "traced")
+    compiling._switch.cache_clear()
+
+
+def test_unknown_way_to_compile_is_refused():
+    with pytest.raises(ValueError, match="compile 'twice'; expected one of traced"):
+        compiling.compiled(abs, "twice")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     mx.default_device().type != mx.DeviceType.gpu,
     reason="on the CPU a C compiler takes minutes for it",
 )
-def test_compiled_step_is_the_plain_step():
+def test_fused_step_is_the_plain_step():
     config = make_config("nsf")
     batch = make_batch(config)
-    plain = run(make_step(config, compiled=False), batch)
-    assert run(make_step(config, compiled=True), batch) == pytest.approx(
+    plain = run(make_step(config, compiled="no"), batch)
+    assert run(make_step(config, compiled="fused"), batch) == pytest.approx(
         plain, rel=1e-3
     )
 

@@ -136,6 +136,7 @@ def _networks(
         optimizer=AdamW(options.learning_rate),
         precision=options.precision,
         world=group,
+        compiled=arguments.compile,
     )
     if group:
         step.state = share_start(step.state, group)

@@ -171,6 +171,11 @@ def _add_run(group: Any) -> None:
         "--tensorboard", type=_truth, nargs="?", const=True, metavar="BOOL",
         help="write TensorBoard files (default: where tensorboardX is installed)",
     )  # fmt: skip
+    group.add_argument(
+        "--compile", choices=("traced", "fused", "no"),
+        help="the step: build its graph once, fuse its kernels too (minutes on a new "
+        "machine), or neither (default: traced on a GPU, no on the CPU)",
+    )  # fmt: skip
     _add_truth(group, "--similarity", default=True,
                text="score the speaker where resemblyzer is installed")  # fmt: skip
     _add_truth(group, "--index", default=True, text="build the index at the end")

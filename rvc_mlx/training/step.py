@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from rvc_mlx.training import compiling
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.discriminators import Discriminator
 from rvc_mlx.training.distributed import Group, frame_share, mean_gradients
@@ -88,14 +89,16 @@ class TrainStep:
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
         world: devices that share each joint batch; None for one.
         convolutions: how convolutions are computed; None for what suits the device.
-        compiled: whether to compile the step; None for on a GPU only, since MLX calls a
-            C compiler for each fusion on the CPU.
+        compiled: how, see ``compiling``; None for traced on a GPU and not at all on the
+            CPU, where it saves nothing that counts.
 
     Attributes:
         precision: as given.
 
     Raises:
-        ValueError: the precision is unknown, or parameters do not fit the configuration.
+        ValueError: the precision or the way to compile is unknown, or parameters do not
+            fit the configuration.
+        RuntimeError: this MLX cannot compile that way.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class TrainStep:
         precision: str = "f32",
         world: Group | None = None,
         convolutions: Convolutions | None = None,
-        compiled: bool | None = None,
+        compiled: str | None = None,
     ):
         if precision not in DTYPES:
             raise ValueError(f"precision {precision!r}; expected one of {list(DTYPES)}")
@@ -130,8 +133,9 @@ class TrainStep:
             "counters": first_counters(self._optimizer, precision),
         }
         if compiled is None:
-            compiled = mx.default_device().type == mx.DeviceType.gpu
-        self._step = mx.compile(self._both) if compiled else self._both
+            on_gpu = mx.default_device().type == mx.DeviceType.gpu
+            compiled = "traced" if on_gpu else "no"
+        self._step = compiling.compiled(self._both, compiled)
 
     def __call__(self, batch: Batch, draws: Draws) -> dict[str, mx.array]:
         """Update both networks.
