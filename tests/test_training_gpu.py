@@ -1,0 +1,88 @@
+"""What training does only on an NVIDIA GPU, against the same through plain operations."""
+
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rvc_mlx.training import forward
+from rvc_mlx.training.convolutions import Convolutions
+from rvc_mlx.training.forward import draw
+from rvc_mlx.training.losses import spectrogram
+from rvc_mlx.training.parametrization import Packing, folded, initial, shapes
+from rvc_mlx.training.presets import preset
+from rvc_mlx.training.step import TrainStep
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+CONFIG = preset("small", "v2", True, 1, feature_size=64)
+FRAMES = 60
+
+
+def make_batch():
+    rng = np.random.default_rng(0)
+    wave = 0.1 * rng.standard_normal((2, FRAMES * CONFIG.hop)).astype(np.float32)
+    return SimpleNamespace(
+        phone=rng.standard_normal((2, FRAMES, 64)).astype(np.float32),
+        lengths=np.array([FRAMES, FRAMES - 7], np.int32),
+        pitch=rng.integers(1, 256, (2, FRAMES)).astype(np.int32),
+        pitchf=rng.uniform(80, 400, (2, FRAMES)).astype(np.float32),
+        spec=np.array(spectrogram(mx.array(wave), CONFIG)),
+        wave=wave,
+        sid=np.zeros(2, np.int32),
+    )
+
+
+@pytest.mark.parametrize("network", [0, 1])
+def test_weight_norm_and_its_slope_are_those_of_plain_operations(network):
+    parameters = initial(CONFIG, 0)[network]
+    packing = Packing(shapes(CONFIG)[network])
+    vector = packing.pack(parameters)
+    weights = folded(parameters)
+    kernel = packing.plain(vector, "none.", mx.float32)
+    assert kernel.keys() == weights.keys()
+    for name, value in weights.items():
+        assert mx.allclose(kernel[name], value, rtol=1e-5, atol=1e-7), name
+
+    factors = {
+        name: mx.random.normal(value.shape, key=mx.random.key(number))
+        for number, (name, value) in enumerate(weights.items())
+    }
+
+    def plain(vector):
+        made = folded(packing.unpack(vector))
+        return sum(mx.sum(made[name] * factors[name]) for name in made)
+
+    def quick(vector):
+        made = packing.plain(vector, "none.", mx.float32)
+        return sum(mx.sum(made[name] * factors[name]) for name in made)
+
+    wanted, got = mx.grad(plain)(vector), mx.grad(quick)(vector)
+    error = mx.linalg.norm(got - wanted) / mx.linalg.norm(wanted)
+    assert error.item() < 1e-5
+
+
+@pytest.mark.parametrize("compiled", ["no", "traced"])
+@pytest.mark.parametrize("grouped", ["native", "unfolded", "windowed"])
+def test_quick_step_is_the_native_step(grouped, compiled, monkeypatch):
+    batch = make_batch()
+    draws = draw(CONFIG, batch, 0, 0)
+
+    def losses(convolutions, compiled):
+        step = TrainStep(
+            CONFIG,
+            *initial(CONFIG, 0),
+            convolutions=convolutions,
+            compiled=compiled,
+        )
+        return {name: value.item() for name, value in step(batch, draws).items()}
+
+    with monkeypatch.context() as plain:
+        plain.setattr(forward, "quicken_blocks", lambda vocoder: None)
+        native = losses(Convolutions(), "no")
+    quick = losses(Convolutions("batched", "batched", grouped), compiled)
+    # Products in TF32, ten bits of fraction, through a whole network and back.
+    assert quick == pytest.approx(native, rel=5e-3)
