@@ -38,6 +38,7 @@ _DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 # Kernels of past lengths that OpenVINO keeps per network, and oneDNN under it. By default
 # every new length adds 3 MB a network for ever; making them again takes milliseconds.
 _KEPT_KERNELS, _KEPT_PRIMITIVES = 0, "16"
+_BATCHES = 64  # times that the largest array of a batch would fit into a GPU
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
 
 Step = Callable[..., mx.array]
@@ -84,6 +85,9 @@ class MLXEngine:
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
         window_frames: most frames that the vocoder decodes at once.
         window_step: windows are a multiple of it, up to that.
+        batch_bytes: most memory for the largest array of inputs that are computed
+            together, all arrays of a network take several times as much; 0 where one
+            input keeps the device busy.
     """
 
     window_frames = 3072
@@ -94,6 +98,7 @@ class MLXEngine:
         self._fast_products = tf32 or precision != "f32"
         self.precision = precision
         self.device = describe_device(device)
+        self.batch_bytes = _batch_bytes(device)
 
     def bind(self, seam: Seam) -> Run:
         """The seam on this device; weights are loaded at its first run."""
@@ -154,9 +159,11 @@ class OpenVINOEngine:
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
         window_frames: most frames that the vocoder decodes at once.
         window_step: windows are a multiple of it, up to that.
+        batch_bytes: 0, networks are compiled for one input at a time.
     """
 
     window_frames = window_step = 128  # one length, for which the vocoder is compiled
+    batch_bytes = 0
 
     def __init__(self, precision: str, cache: Path | None):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_PRIMITIVES)
@@ -342,6 +349,14 @@ def describe_device(device: mx.Device) -> str:
     info = mx.device_info(device)
     backend = "CUDA" if mx.cuda.is_available() else "Metal"
     return f"GPU ({info.get('device_name', 'unknown')}, MLX {backend})"
+
+
+def _batch_bytes(device: mx.Device) -> int:
+    """A 64th of a GPU's memory; 0 for MLX's CPU back end."""
+    if device == mx.Device(mx.cpu):
+        return 0
+    info = mx.device_info(device)  # the name of the figure depends on the back end
+    return int(info.get("total_memory", info.get("memory_size", 0))) // _BATCHES
 
 
 def gpu_available() -> bool:
