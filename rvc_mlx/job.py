@@ -24,7 +24,7 @@ from rvc_mlx.machine import in_parallel
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
-from rvc_mlx.retrieval import Index
+from rvc_mlx.retrieval import Blend
 from rvc_mlx.segments import FRAME, Segment, pad_frames, plan_segments
 from rvc_mlx.spool import BLOCK, Spool
 
@@ -35,12 +35,17 @@ Progress = Callable[[float, float], None]
 
 @dataclass(frozen=True)
 class Nets:
-    """What a conversion runs on; see ``VoiceConverter``."""
+    """What a conversion runs on; see ``VoiceConverter``.
+
+    Attributes:
+        blend: retrieval, None without an index.
+        noise: a seed to its random numbers.
+    """
 
     voice: Voice
     encoder: Encoder
     pitch_net: PitchNet | None
-    index: Index | None
+    blend: Blend | None
     noise: Callable[[int], Noise] = Noise
 
 

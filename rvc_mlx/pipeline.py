@@ -31,7 +31,7 @@ from rvc_mlx.machine import cache_folder
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
-from rvc_mlx.retrieval import Index, read_index
+from rvc_mlx.retrieval import Blend, Index, blending, read_index
 from rvc_mlx.schedule import convert_all
 from rvc_mlx.spool import Spool
 
@@ -90,11 +90,14 @@ class VoiceConverter:
         self.pitch_net = pitch_net if voice.config.f0 else None
         self.index = index
         self._noise = engine.noise if engine else Noise
+        self._blend: Blend | None = None
+        if index is not None:
+            self._blend = (engine.blending if engine else blending)(index)
         self.device = engine.device if engine else ""
         self.precision = engine.precision if engine else ""
 
     def _nets(self) -> Nets:
-        return Nets(self.voice, self.encoder, self.pitch_net, self.index, self._noise)
+        return Nets(self.voice, self.encoder, self.pitch_net, self._blend, self._noise)
 
     @property
     def sample_rate(self) -> int:

@@ -19,13 +19,12 @@ from functools import partial
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead, to_host
+from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead
 from rvc_mlx.decoding import Piece, Windows, sample_latents, start_windows
 from rvc_mlx.job import Job, Nets
 from rvc_mlx.machine import in_parallel
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
-from rvc_mlx.retrieval import blend_features
 from rvc_mlx.segments import FRAME, Segment
 
 Part = tuple[Job, Segment]
@@ -155,7 +154,7 @@ def _features(
     """Retrieval, doubling to 100 frames per second, and protection of consonants.
 
     Args:
-        nets: with an index, or without.
+        nets: with retrieval, or without.
         raw: ``[B, F, C]`` float32, 50 frames per second.
         pieces: ``B`` segments of ``T`` frames.
         options: rate of retrieval, protection.
@@ -163,16 +162,16 @@ def _features(
     Returns:
         ``[B, T, C]`` float32.
     """
-    frames, index = pieces[0].segment.frames, nets.index
-    if index is None or options.index_rate == 0:
-        doubled: Array = array_module(raw).repeat(raw, 2, axis=1)[:, :frames]
+    xp, frames = array_module(raw), pieces[0].segment.frames
+    doubled: Array = xp.repeat(raw, 2, axis=1)[:, :frames]
+    if nets.blend is None or options.index_rate == 0:
         return doubled
-    host = to_host(raw)
-    rows = host.reshape(-1, host.shape[-1])
-    found = blend_features(rows, index, options.index_rate, exact=options.index_exact)
-    blended = found.reshape(host.shape).repeat(2, axis=1)[:, :frames]
+    rows = raw.reshape(-1, raw.shape[-1])
+    found = nets.blend(rows, options.index_rate, options.index_exact)
+    xp = array_module(found)  # where it was searched
+    blended: Array = xp.repeat(found.reshape(raw.shape), 2, axis=1)[:, :frames]
     if nets.pitch_net is None or options.protect >= 0.5:
         return blended
     f0 = np.stack([piece.f0 for piece in pieces if piece.f0 is not None])
     share = np.where(f0 < 1, options.protect, 1.0).astype(np.float32)[..., None]
-    return share * blended + (1 - share) * host.repeat(2, axis=1)[:, :frames]
+    return xp.array(share) * blended + xp.array(1 - share) * xp.array(doubled)

@@ -31,6 +31,7 @@ ORDER = [
         "feature_index",
         "faiss_file",
         "retrieval",
+        "device_index",
     ),
     *("openvino_graph", "openvino_fusions", "openvino_ops", "engine", "options"),
     *("pitch", "loading", "segments", "report", "decoding", "job"),

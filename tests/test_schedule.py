@@ -1,5 +1,6 @@
 """Recordings that go through the networks together are what each is alone."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
@@ -32,17 +33,17 @@ class Watched:
         return self.run.start(*arrays)
 
 
-def batching_converter(bundled, batch_bytes, voice=None, index=False):
+def batching_converter(bundled, batch_bytes, voice=None, index=False, index_bytes=0):
     """The bundled models on MLX's CPU back end, with a GPU's habits."""
     engine = choose_engine("mlx-cpu", "f32")
     assert isinstance(engine, MLXEngine)
-    engine.batch_bytes = batch_bytes
+    engine.batch_bytes, engine._index_bytes = batch_bytes, index_bytes
     engine.window_frames, engine.window_step = 32, 16
     converter = VoiceConverter(
         Voice(read_weights(voice or bundled.voice, "voice"), engine),
         Encoder(read_weights(bundled.encoder, "contentvec"), engine),
         PitchNet(read_weights(bundled.rmvpe, "rmvpe"), engine),
-        read_index(bundled.index) if index else None,
+        read_index(bundled.index if index is True else index) if index else None,
         engine,
     )
     converter.voice.prior = Watched(converter.voice.prior)
@@ -106,6 +107,35 @@ def test_together_is_as_alone(bundled, clips, index):
     assert largest["encode"] == largest["prior"] == 3
     assert largest["salience"] == 3
     assert largest["vocoder"] >= 3
+
+
+@pytest.mark.parametrize("protect", [0.2, 0.5])
+def test_an_index_is_searched_on_the_device_as_on_the_host(bundled, clips, protect):
+    options = ConversionOptions(**OPTIONS | {"index_rate": 0.7, "protect": protect})
+    host = batching_converter(bundled, 1 << 30, index=True)
+    device = batching_converter(bundled, 1 << 30, index=True, index_bytes=1 << 30)
+    fed = []
+    start = device.voice.prior.start
+    device.voice.prior.start = lambda *given: fed.append(given[0]) or start(*given)
+    found = device.convert_many(clips[:2], 16000, options)
+    assert {type(features) for features in fed} == {mx.array}
+    expected = host.convert_many(clips[:2], 16000, options)
+    without = host.convert(clips[0], 16000, ConversionOptions(**OPTIONS))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours.audio - theirs.audio).max() <= 1e-4
+    assert np.abs(found[0].audio - without.audio).max() > 1e-2
+
+
+def test_an_empty_index_is_refused(bundled, clips, tmp_path):
+    faiss = pytest.importorskip("faiss")
+    faiss.write_index(faiss.IndexFlatL2(256), str(tmp_path / "trained.index"))
+    for index_bytes in (0, 1 << 30):
+        converter = batching_converter(
+            bundled, 0, index=tmp_path / "trained.index", index_bytes=index_bytes
+        )
+        options = ConversionOptions(**OPTIONS | {"index_rate": 0.5})
+        with pytest.raises(ValueError, match="holds no vectors"):
+            converter.convert(clips[0], 16000, options)
 
 
 def test_voices_without_pitch_go_together(bundled, clips, plain_voice):
