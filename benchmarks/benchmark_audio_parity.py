@@ -136,9 +136,14 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> int:
 def main() -> int:
     parser = common.parser(__doc__, runs=3, precisions=("f32",))
     common.add_sides(parser)
-    parser.add_argument("--audio", type=Path, metavar="F", help="default: bundled clip")
     parser.add_argument(
-        "--seconds", type=float, default=0, help="repeat or cut to this (default: all)"
+        "--audio", type=Path, metavar="F", help="default: the tests' clip"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=common.seconds,
+        default=0.0,
+        help="repeat or cut to this (default: all)",
     )
     parser.add_argument(
         "--save-outputs", action="store_true", help="wavs and a picture"

@@ -107,6 +107,8 @@ def generator(sides: Sides, paths: Paths, seconds: float) -> tuple[Call, Call]:
 
 def measure(arguments: argparse.Namespace, sides: Sides) -> None:
     chosen = [arguments.component] if arguments.component else COMPONENTS
+    result = f"components-{arguments.seconds:g}s"
+    result += f"-{arguments.component}" if arguments.component else ""
     rows, used = [], {}
     for name in chosen:
         default = common.model_file(FILES.get(name, "v2_48k.pth"), arguments.models)
@@ -125,6 +127,7 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
             }
         )
         used |= {f"{name} ours": mlx, f"{name} PyTorch": pt}
+        save(arguments, sides, result, used, seconds=arguments.seconds, rows=rows)
     numbers = ("speedup", "max_abs", "mean_abs", "scale", "correlation")
     cells = [
         [r["component"], r["ours"]["median_s"], r["torch"]["median_s"]]
@@ -133,10 +136,6 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
     ]
     print(f"{arguments.seconds:g} s of audio")
     print(common.table(HEADER, cells))
-    name = f"components-{arguments.seconds:g}s"
-    if arguments.component:
-        name += f"-{arguments.component}"
-    save(arguments, sides, name, used, seconds=arguments.seconds, rows=rows)
 
 
 def main() -> int:
@@ -144,7 +143,9 @@ def main() -> int:
     parser.add_argument("--component", choices=COMPONENTS, help="default: all")
     parser.add_argument("--pt-model", type=Path, metavar="P", help="PyTorch's file")
     parser.add_argument("--mlx-model", type=Path, metavar="M", help="our file")
-    parser.add_argument("--seconds", type=float, default=5.0, help="default: 5")
+    parser.add_argument(
+        "--seconds", type=common.seconds, default=5.0, help="default: 5"
+    )
     return main_for_each(parser, measure)
 
 

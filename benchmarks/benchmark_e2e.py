@@ -1,11 +1,12 @@
 """File to file in fresh processes: cold, warm, stage by stage, and peak memory.
 
     python benchmarks/benchmark_e2e.py [--seconds 5,30] [--runs 5] [--cold-runs 3]
-    python benchmarks/benchmark_e2e.py --memory 30,600,3600 [--torch-limit 600]
+    python benchmarks/benchmark_e2e.py --memory 5,30,600,3600 [--torch-limit 600]
 
 *First run* is the very first on a machine, with nothing compiled; *cold* is a fresh
 process after that, from its start to the written file; *warm* is the next conversion in
-the same process. ``--memory`` converts each length once and records the peak.
+the same process. ``--memory`` converts each length once and records the peak, of the
+process and, on a GPU, of what the framework allocated there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +58,7 @@ class Runner:
         """Convert a clip in a fresh process; ``cold_s`` counts from its start.
 
         Raises:
-            RuntimeError: it failed, with its last words.
+            ChildProcessError: it failed, with its last words.
         """
         source = self.folder / f"{seconds:g}.wav"
         if not source.exists():
@@ -69,7 +71,7 @@ class Runner:
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         if done.returncode:
             last = "\n".join(done.stderr.strip().splitlines()[-3:])
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"{side}, {seconds:g} s: the process ended with {done.returncode} "
                 f"(-9: out of memory): {last}"
             )
@@ -92,37 +94,59 @@ def summarise(facts: dict[str, Any], cold: list[float] | None = None) -> dict[st
     return facts
 
 
+Variant = dict[str, Any]
+Save = Callable[[list[dict[str, Any]]], object]
+
+
 def measure_speed(
-    runner: Runner, side: str, arguments: argparse.Namespace, **more: Any
+    runner: Runner, arguments: argparse.Namespace, variants: list[Variant], save: Save
 ) -> list[dict[str, Any]]:
-    """First run, cold runs of the shortest clip, warm runs of every clip."""
-    shortest = min(arguments.seconds)
-    first = None
-    if side == "ours":  # PyTorch compiles nothing
-        first = runner.run(side, shortest, **more)["cold_s"]
-        print(f"ours {more['label']}: first run {first:.2f} s", flush=True)
+    """First run and cold runs of the shortest clip, warm runs of every clip.
+
+    ``save`` is given the rows after each of them.
+    """
     rows = []
-    for seconds in arguments.seconds:
-        again = arguments.cold_runs - 1 if seconds == shortest else 0
-        cold = [runner.run(side, seconds, **more)["cold_s"] for _ in range(again)]
-        facts = runner.run(side, seconds, arguments.runs, **more)
+    lengths = sorted(arguments.seconds)
+    for seconds, variant in by_length(lengths, variants, arguments.torch_limit):
+        shortest = seconds == lengths[0]
+        first = None
+        if shortest and variant["side"] == "ours":  # PyTorch compiles nothing
+            first = runner.run(seconds=seconds, **variant)["cold_s"]
+        again = arguments.cold_runs - 1 if shortest else 0
+        cold = [runner.run(seconds=seconds, **variant)["cold_s"] for _ in range(again)]
+        runs = common.runs_at(seconds, arguments.runs)
+        facts = runner.run(seconds=seconds, runs=runs, **variant)
         row = summarise(facts, [*cold, facts["cold_s"]])
-        row["first_run_s"] = first if seconds == shortest else None
-        rows.append(row)
-        print(f"{side} {seconds:g} s: warm {row['warm_median_s']:.3f} s", flush=True)
+        rows.append(row | {"first_run_s": first})
+        add_speedups(rows)
+        save(rows)
     return rows
 
 
-def print_speed(rows: list[dict[str, Any]]) -> None:
-    """Times, speed-ups against PyTorch, and the stages."""
+def by_length(
+    lengths: Sequence[float], variants: Sequence[Variant], torch_limit: float
+) -> Iterator[tuple[float, Variant]]:
+    """Every length with every variant; PyTorch up to its limit."""
+    for seconds in lengths:
+        for variant in variants:
+            if variant["side"] == "ours" or seconds <= torch_limit:
+                yield seconds, variant
+
+
+def add_speedups(rows: list[dict[str, Any]]) -> None:
+    """Tell how much faster than PyTorch each row is; None where PyTorch has none."""
     theirs = {
         (r["precision"], r["seconds"]): r["warm_median_s"]
         for r in rows
         if r["side"] == "torch"
     }
     for r in rows:
-        key = r.get("against", r["precision"]), r["seconds"]
-        r["speedup"] = theirs[key] / r["warm_median_s"]
+        other = theirs.get((r.get("against", r["precision"]), r["seconds"]))
+        r["speedup"] = other / r["warm_median_s"] if other else None
+
+
+def print_speed(rows: list[dict[str, Any]]) -> None:
+    """Times, speed-ups against PyTorch, and the stages."""
     header = ("side", "precision", "audio s", "first run s", "cold s", "warm s")
     header += ("speed-up", "x realtime", "peak MiB", "GPU MiB")
     cells = [
@@ -141,17 +165,20 @@ def print_speed(rows: list[dict[str, Any]]) -> None:
 
 
 def measure_memory(
-    runner: Runner, arguments: argparse.Namespace, variants: list[dict[str, Any]]
+    runner: Runner, arguments: argparse.Namespace, variants: list[Variant], save: Save
 ) -> list[dict[str, Any]]:
-    """One conversion of every length in a process of its own."""
+    """One conversion of every length in a process of its own.
+
+    ``save`` is given the rows after each of them.
+    """
     rows = []
     for variant in variants:
-        limit = arguments.torch_limit if variant["side"] == "torch" else float("inf")
-        runner.run(**variant, seconds=5.0)  # compile, where nothing is compiled yet
-        for seconds in arguments.memory:
-            if seconds <= limit:
-                rows.append(summarise(runner.run(**variant, seconds=seconds)))
-                print(f"{variant['side']} {seconds:g} s done", flush=True)
+        if variant["side"] == "ours" and runner.common["device"] == "cpu":
+            runner.run(seconds=5.0, **variant)  # compiling takes memory, too
+    lengths = sorted(arguments.memory)
+    for seconds, variant in by_length(lengths, variants, arguments.torch_limit):
+        rows.append(summarise(runner.run(seconds=seconds, **variant)))
+        save(rows)
     header = ("side", "precision", "audio s", "peak MiB", "GPU MiB", "s in all")
     names = ("side", "precision", "seconds", "peak_memory_bytes", "gpu_peak_bytes")
     cells = [[r[n] // MIB if "bytes" in n else r[n] for n in names] for r in rows]
@@ -178,15 +205,16 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
     ]
     with tempfile.TemporaryDirectory(prefix="rvc-mlx-e2e-") as folder:
         runner = Runner(given, Path(folder))
-        if arguments.memory:
-            rows = measure_memory(runner, arguments, variants)
-            save(arguments, sides, "memory", files._asdict(), rows=rows)
-            return
-        rows = []
-        for variant in variants:
-            rows += measure_speed(runner, arguments=arguments, **variant)
-    print_speed(rows)
-    save(arguments, sides, "e2e", files._asdict(), rows=rows)
+        name = "memory" if arguments.memory else "e2e"
+        measure_rows = measure_memory if arguments.memory else measure_speed
+        rows = measure_rows(
+            runner,
+            arguments,
+            variants,
+            lambda rows: save(arguments, sides, name, files._asdict(), rows=rows),
+        )
+    if not arguments.memory:
+        print_speed(rows)
 
 
 def main() -> int:
@@ -194,17 +222,16 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=common.seconds_list, default=[5.0, 30.0], metavar="LIST"
     )
-    parser.add_argument("--cold-runs", type=int, default=3, help="default: 3")
+    parser.add_argument("--cold-runs", type=common.whole, default=3, help="default: 3")
     parser.add_argument(
         "--memory", type=common.seconds_list, metavar="LIST", help="peak by length"
     )
     parser.add_argument(
-        "--torch-limit", type=float, default=600, metavar="S",
-        help="longest clip for PyTorch's memory, which grows with it (default: 600)",
+        "--torch-limit", type=common.seconds, default=600, metavar="S",
+        help="longest clip for PyTorch, whose memory grows with it (default: 600)",
     )  # fmt: skip
     arguments = parser.parse_args()
-    measure(arguments, choose_sides(arguments))
-    return 0
+    return common.exit_code(lambda: measure(arguments, choose_sides(arguments)))
 
 
 if __name__ == "__main__":

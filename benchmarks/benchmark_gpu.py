@@ -221,16 +221,18 @@ class Benchmark:
         one, asked = self._ours[0], self._arguments
         sides = one.record() | {"precision": ", ".join(s.precision for s in self._ours)}
         options = {n: getattr(asked, n) for n in ("seconds", "clips", "runs", "most")}
+        machine = common.environment()
         content = {
             "benchmark": "gpu",
             "sides": sides,
-            "environment": common.environment(),
+            "environment": machine,
             "options": options,
             "models": self._described,
             "minutes": (time.monotonic() - self._start) / 60,
             "rows": list(self._table.rows.values()),
         }
-        common.write_json(asked.output, f"gpu-{one.backend}", content)
+        file = f"gpu-{common.machine_name(one.backend, machine)}"
+        common.write_json(asked.output, file, content)
 
 
 def names(text: str) -> list[str]:

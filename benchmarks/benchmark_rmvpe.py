@@ -42,7 +42,7 @@ def measure_length(
     def reference() -> None:
         curves["torch"] = theirs.estimate_f0(audio)
 
-    times = common.time_calls([ours, reference], runs)
+    times = common.time_calls([ours, reference], common.runs_at(seconds, runs))
     return {
         "seconds": seconds,
         "ours": times[0].as_dict(),
@@ -77,10 +77,17 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
     net = PitchNet(read_weights(path, "rmvpe"), sides.engine)
     theirs = TorchPitch(path, sides.torch)
     lengths = arguments.seconds or (QUICK_LENGTHS if arguments.quick else LENGTHS)
+    name = "rmvpe-quick" if arguments.quick else "rmvpe"
+    if arguments.step:
+        step, _, side = arguments.step.partition(":")
+        arguments.output = arguments.output / "steps"
+        name = f"{step}.{side}"
+    parts = measure_parts(net, theirs, arguments.runs)
+    print(common.table(("5 s of audio", "median s"), list(parts.items())))
     rows = []
     for seconds in lengths:
         rows.append(measure_length(net, theirs, seconds, arguments.runs))
-        print(f"{seconds:g} s done", flush=True)
+        save(arguments, sides, name, {"rmvpe": path}, rows=rows, parts_s=parts)
     numbers = ("speedup", "realtime_factor", "compute_per_second")
     numbers += ("max_cents", "mean_cents", "voicing_agreement")
     cells = [
@@ -89,14 +96,6 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
         for r in rows
     ]
     print(common.table(HEADER, cells))
-    parts = measure_parts(net, theirs, arguments.runs)
-    print(common.table(("5 s of audio", "median s"), list(parts.items())))
-    name = "rmvpe-quick" if arguments.quick else "rmvpe"
-    if arguments.step:
-        step, _, side = arguments.step.partition(":")
-        arguments.output = arguments.output / "steps"
-        name = f"{step}.{side}"
-    save(arguments, sides, name, {"rmvpe": path}, rows=rows, parts_s=parts)
 
 
 def _step(text: str) -> str:

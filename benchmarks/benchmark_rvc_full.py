@@ -44,7 +44,8 @@ def measure_length(
     calls = {} if arguments.pytorch_only else {"ours": run_ours}
     calls |= {"torch": run_torch} if theirs else {}
     warmup = 0 if arguments.no_warmup else 1
-    times = common.time_calls(list(calls.values()), arguments.runs, warmup)
+    runs = common.runs_at(seconds, arguments.runs)
+    times = common.time_calls(list(calls.values()), runs, warmup)
     row: dict[str, Any] = {"seconds": seconds, "warmup": warmup}
     row |= {name: t.as_dict() for name, t in zip(calls, times, strict=True)}
     row["realtime_factor"] = seconds / times[0].median
@@ -59,7 +60,13 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
     mlx = arguments.mlx_model or pt
     voice = Voice(read_weights(mlx, "voice"), sides.engine)
     theirs = None if arguments.mlx_only else OnDevice(load_voice(pt), sides.torch)
-    rows = [measure_length(voice, theirs, s, arguments) for s in arguments.seconds]
+    name = "rvc_full"
+    if arguments.mlx_only or arguments.pytorch_only:
+        name += "-mlx_only" if arguments.mlx_only else "-pytorch_only"
+    rows = []
+    for seconds in arguments.seconds:
+        rows.append(measure_length(voice, theirs, seconds, arguments))
+        save(arguments, sides, name, {"ours": mlx, "PyTorch": pt}, rows=rows)
     sides_s = [[r.get(x, {}).get("median_s") for x in ("ours", "torch")] for r in rows]
     numbers = ("speedup", "realtime_factor", "max_abs", "mean_abs", "correlation")
     cells = [
@@ -67,10 +74,6 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> None:
         for r, times in zip(rows, sides_s, strict=True)
     ]
     print(common.table(HEADER, cells))
-    name = "rvc_full"
-    if arguments.mlx_only or arguments.pytorch_only:
-        name += "-mlx_only" if arguments.mlx_only else "-pytorch_only"
-    save(arguments, sides, name, {"ours": mlx, "PyTorch": pt}, rows=rows)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """One training step: discriminator and generator, forward, backward and AdamW.
 
     python benchmarks/benchmark_training.py [--preset 48k] [--batch-size 8] [--runs N]
-        [--ways native,planar] [--precision bf16] [--frames 300] [--reference-blas]
+        [--ways native,batched] [--precision bf16] [--frames 300] [--reference-blas]
 
 Both sides start from the same weights and get the same batch and noise; the losses of
 the first step are compared. Ours is timed once for each way to compute convolutions.
@@ -36,9 +36,8 @@ from rvc_reference.synthesizer import Synthesizer
 WAYS = {
     "fitting": Convolutions.fitting(),
     "native": Convolutions(),
-    "planar": Convolutions("planar", "planar", "dense"),
+    "batched": Convolutions("batched", "batched", "windowed"),
     "unfolded": Convolutions("unfolded", "unfolded", "unfolded"),
-    "mixed": Convolutions("mixed", "mixed", "unfolded"),
     "tapped": Convolutions("tapped", "tapped", "unfolded"),
 }
 HEADER = ("convolutions", "ours s", "PyTorch s", "speed-up", "largest loss error")
@@ -166,6 +165,7 @@ def save(arguments: argparse.Namespace, place: Place, rows: list[dict]) -> None:
     }
     name = f"training-{arguments.preset}"
     name += "-reference_blas" if arguments.reference_blas else ""
+    machine = common.environment()
     content = {
         "benchmark": name,
         "sides": sides,
@@ -175,10 +175,11 @@ def save(arguments: argparse.Namespace, place: Place, rows: list[dict]) -> None:
             "frames": arguments.frames,
             "compiled": arguments.compiled,
         },
-        "environment": common.environment(),
+        "environment": machine,
         "rows": rows,
     }
-    common.write_json(arguments.output, f"{name}-{backend}-{precision}", content)
+    file = f"{name}-{common.machine_name(backend, machine)}-{precision}"
+    common.write_json(arguments.output, file, content)
 
 
 def chosen_ways(text: str) -> list[str]:
@@ -194,11 +195,11 @@ def main() -> int:
     parser.add_argument(
         "--preset", choices=("small", "32k", "40k", "48k"), default="small"
     )
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=common.whole, default=4)
     parser.add_argument(
-        "--frames", type=int, default=300, help="of a clip, 100 a second"
+        "--frames", type=common.whole, default=300, help="of a clip, 100 a second"
     )
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=common.whole, default=5)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="f32")
     parser.add_argument(
         "--ways", type=chosen_ways, default=["fitting"], metavar="LIST",
@@ -222,4 +223,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(common.exit_code(main))

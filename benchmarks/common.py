@@ -7,11 +7,9 @@ of device, when outputs are computed inside the timed call, and when every sampl
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
+import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,19 +20,30 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rvc_mlx import bench
+from record import ROOT, describe_files, environment, machine_name, write_json
+
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.bench import Timing, peak_memory, time_calls
-from rvc_mlx.checkpoint import hash_file
-from rvc_mlx.loading import file_in_folder
 
-__all__ = ["Timing", "peak_memory", "time_calls"]
+__all__ = [
+    "Timing",
+    "describe_files",
+    "environment",
+    "machine_name",
+    "peak_memory",
+    "time_calls",
+    "write_json",
+]
 
-ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 TEST_MODELS = ROOT / ".test-models"  # made once, ignored by git
-BUNDLED_CLIP = ROOT / "rvc_mlx" / "bundled" / "speech.flac"
+SPEECH_CLIP = ROOT / "tests" / "small_models" / "speech.flac"
 SAMPLE_RATE = 16000
+# Names of whole models of any size, as those of the tests have them.
+OTHER_NAMES = {"hubert_base.pt": "contentvec", "v2_48k.pth": "voice.pth"}
+OTHER_NAMES |= {"v2.index": "voice.index"}
+MODEL_NAMES = "rmvpe.pt, " + ", ".join(f"{a} or {b}" for a, b in OTHER_NAMES.items())
+LONG, LONG_RUNS = 180.0, 5  # seconds from which on so many runs are enough
 
 
 class Models(NamedTuple):
@@ -72,10 +81,13 @@ def parser(
     )  # fmt: skip
     made.add_argument(
         "--models", type=Path, metavar="DIR",
-        help="folder with hubert_base.pt, rmvpe.pt, v2_48k.pth and v2.index "
-        "(default: random full-size models, made once)",
+        help=f"folder with {MODEL_NAMES} (default: random full-size models, made "
+        "once; tests/small_models has tiny ones)",
     )  # fmt: skip
-    made.add_argument("--runs", type=int, default=runs, help=f"default: {runs}")
+    made.add_argument(
+        "--runs", type=whole, default=runs,
+        help=f"default: {runs}; from {LONG:g} s of audio on at most {LONG_RUNS}",
+    )  # fmt: skip
     made.add_argument(
         "--output", type=Path, default=RESULTS, metavar="DIR", help="for the JSON"
     )
@@ -98,12 +110,14 @@ def model_file(name: str, folder: Path | None = None) -> Path:
         FileNotFoundError: the folder lacks it.
     """
     if folder is not None:
-        if not (folder / name).exists():
+        names = [name, OTHER_NAMES[name]] if name in OTHER_NAMES else [name]
+        found = [folder / n for n in names if (folder / n).exists()]
+        if not found:
             raise FileNotFoundError(
                 f"{folder / name}: there is no such file; --models wants a folder with "
-                "hubert_base.pt, rmvpe.pt, v2_48k.pth and v2.index"
+                f"{MODEL_NAMES}"
             )
-        return folder / name
+        return found[0]
     if not (TEST_MODELS / name).exists():
         from tools.make_test_models import make_test_models
 
@@ -149,8 +163,8 @@ def synthetic_audio(seconds: float, seed: int = 0) -> np.ndarray:
 
 
 def real_audio(seconds: float, path: Path | None = None) -> np.ndarray:
-    """The bundled clip, or a file, repeated or cut: ``[n]`` float32 at 16 kHz."""
-    audio = load_audio(path or BUNDLED_CLIP)
+    """The clip of the tests, or a file, repeated or cut: ``[n]`` float32 at 16 kHz."""
+    audio = load_audio(path or SPEECH_CLIP)
     return np.resize(audio, round(seconds * SAMPLE_RATE)) if seconds else audio
 
 
@@ -183,62 +197,6 @@ def difference_f0(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
         "voicing_agreement": float(np.mean((ours > 0) == (theirs > 0))),
         "voiced": float(np.mean(theirs > 0)),
     }
-
-
-def environment() -> dict[str, Any]:
-    """Machine, versions of both sides, commit; no host names, no paths."""
-    import torch
-
-    facts = bench.environment()
-    for name in ("torch", "faiss-cpu"):
-        try:
-            facts["versions"][name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            facts["versions"][name] = "not installed"
-    if torch.cuda.is_available():
-        facts["gpu"] = torch.cuda.get_device_name()
-    facts["torch_threads"] = torch.get_num_threads()
-    facts["MLX_ENABLE_TF32"] = os.environ.get("MLX_ENABLE_TF32", "not set")
-    return facts | _commit()
-
-
-def _commit() -> dict[str, Any]:
-    """Commit, and whether the code differs from it; a copy without git may be told."""
-
-    def git(*words: str) -> str | None:
-        if shutil.which("git") is None:
-            return None
-        run = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
-        return run.stdout.strip() if run.returncode == 0 else None
-
-    if given := os.environ.get("BENCHMARK_COMMIT"):
-        return {"commit": given, "dirty": None}
-    if (commit := git("rev-parse", "HEAD")) is None:
-        return {"commit": "", "dirty": None}
-    generated = (":!benchmarks/results", ":!benchmarks/*.md", ":!docs")
-    changes = git("status", "--porcelain", "--", ".", *generated)
-    return {"commit": commit, "dirty": bool(changes)}
-
-
-def describe_files(files: Mapping[str, Path | None]) -> dict[str, dict[str, str]]:
-    """Name and hash of every file, for the record; of a folder, its weight file's."""
-    return {
-        kind: {
-            "file": path.name,
-            "sha256": hash_file(file_in_folder(path) if path.is_dir() else path),
-        }
-        for kind, path in files.items()
-        if path is not None
-    }
-
-
-def write_json(folder: Path, name: str, content: dict[str, Any]) -> Path:
-    """Write a result beside where it was measured; returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    print(f"wrote {path.name}", flush=True)
-    return path
 
 
 def shown(value: Any) -> str:
@@ -285,7 +243,49 @@ def grouped_stages(stages: Mapping[str, float], total: float) -> dict[str, float
 
 def seconds_list(text: str) -> list[float]:
     """Lengths of an option: ``5,30,300``."""
-    return [float(part) for part in text.replace(",", " ").split()]
+    return [seconds(part) for part in text.replace(",", " ").split()]
+
+
+def seconds(text: str) -> float:
+    """One length of an option; 0.1 s or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.1 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of 0.1 s or more")
+    return value
+
+
+def whole(text: str) -> int:
+    """A number of runs of an option; 1 or more.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of 1 or more")
+    return int(text)
+
+
+def runs_at(seconds: float, runs: int) -> int:
+    """Timed calls at a length: five are enough where one takes long by itself."""
+    return min(runs, LONG_RUNS) if seconds >= LONG else runs
+
+
+def exit_code(main: Callable[[], int | None]) -> int:
+    """Run a script: what it ends with; bad input gives one line on stderr, and 1."""
+    try:
+        return main() or 0
+    except (ValueError, OSError) as error:
+        named = isinstance(error, OSError) and error.strerror and error.filename
+        text = f"{error.filename}: {error.strerror}" if named else str(error)
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return 1
 
 
 def run_checks(checks: Sequence[Callable[[], None]]) -> int:

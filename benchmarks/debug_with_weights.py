@@ -30,6 +30,8 @@ def main() -> int:
     parser.add_argument("--model", type=Path, metavar="FILE", help="an rmvpe.pt")
     parser.add_argument("--frames", type=int, default=32, help="a multiple of 32")
     arguments = parser.parse_args()
+    if arguments.frames < 32 or arguments.frames % 32:
+        parser.error(f"--frames is {arguments.frames}; expected a multiple of 32")
     os.environ["MLX_ENABLE_TF32"] = "0"  # PyTorch's side runs on the CPU, in float32
     path = arguments.model or common.model_file("rmvpe.pt")
     network = rmvpe_network(path)
@@ -58,4 +60,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(common.exit_code(main))

@@ -21,7 +21,8 @@ from typing import Any
 import common
 from evaluation_inputs import Target, collect_sources, collect_targets, parse_options
 from evaluation_outputs import Output, convert_one, pitch_shift
-from evaluation_report import draw_page, missed_goals, panels_of, write_report
+from evaluation_page import draw_page, panels_of
+from evaluation_report import missed_goals, write_report
 from judge_pitch import PITCH
 from judges import JUDGES, Heard, chosen_judges, observe_all, require_tools
 from judging import Case, Judge, Recording
@@ -125,6 +126,7 @@ def judge_clip(
             [heard[judge.name, recording] for recording in references],
             output.semitones,
             source.text,
+            output.joins,
         )
         try:
             judged[judge.name] = judge.verdict(case)

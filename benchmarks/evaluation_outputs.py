@@ -26,11 +26,13 @@ class Output(NamedTuple):
         recording: the result.
         semitones: the shift of the pitch.
         seconds: what it took; None for one that was made before.
+        joins: where pieces meet, seconds; None for one that was made before.
     """
 
     recording: Recording
     semitones: float
     seconds: float | None
+    joins: tuple[float, ...] | None
 
 
 def pitch_shift(target: Target, source: Recording, heard: Heard) -> float:
@@ -90,7 +92,7 @@ def convert_one(
     if target.converted is not None:
         for source in sources:
             made = Recording(converted_file(target.converted, source))
-            outputs[source] = Output(made, shifts[source], None)
+            outputs[source] = Output(made, shifts[source], None, None)
         return outputs, "converted before"
     converter = _converter(target, arguments)
     options = parse_options(arguments.option)
@@ -99,8 +101,9 @@ def convert_one(
         path = folder / target.name / f"{source.path.stem}.wav"
         start = time.perf_counter()
         wanted = ConversionOptions(pitch=shifts[source], **options)
-        converter.convert_file(source.path, path, wanted, subtype="FLOAT")
+        report = converter.convert_file(source.path, path, wanted, subtype="FLOAT")
         seconds = time.perf_counter() - start
-        outputs[source] = Output(Recording(path), shifts[source], seconds)
+        joins = tuple(report.joins)
+        outputs[source] = Output(Recording(path), shifts[source], seconds, joins)
         print(f"{target.name}: {number}/{len(sources)} {source.path.name}", flush=True)
     return outputs, f"{converter.device}, {converter.precision}"

@@ -1,4 +1,4 @@
-"""An evaluation for the eye: tables with goals, and a page of pictures."""
+"""An evaluation in tables: goals, figures of the voices, figures of the clips."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from common import table
-from judge_pitch import FRAME, Curve, track
-from judging import Recording, is_figure
+from judging import is_figure
 
 
 class Shown(NamedTuple):
@@ -31,9 +29,11 @@ class Shown(NamedTuple):
     goal: float = 0.0
 
     def verdict(self, value: Any) -> str:
-        """``met``, ``missed``, or nothing without goal or figure."""
-        if not self.sign or not is_figure(value):
+        """``met``, ``missed``, ``not measured``, or nothing without a goal."""
+        if not self.sign:
             return ""
+        if not is_figure(value):
+            return "not measured"
         met = value <= self.goal if self.sign == "<=" else value >= self.goal
         return "met" if met else "missed"
 
@@ -63,8 +63,10 @@ SUMMARY = (
     Shown("dnsmos", "p808_output", "P.808 MOS of output"),
     Shown("loudness", "loudness_gap", "loudness, output - source, dB"),
     Shown("loudness", "clipped_output", "clipped samples per clip"),
+    Shown("clicks", "joins", "joins"),
+    Shown("clicks", "clicks_at_joins", "clicks added at joins", "<=", 0),
     Shown("clicks", "clicks_source", "clicks in source"),
-    Shown("clicks", "new_clicks", "clicks added", "<=", 0),
+    Shown("clicks", "new_clicks", "clicks added anywhere"),
 )
 CLIP_COLUMNS = (
     Shown("f0", "rpa", "RPA"),
@@ -81,8 +83,6 @@ CLIP_COLUMNS = (
     Shown("loudness", "loudness_gap", "dB"),
     Shown("clicks", "new_clicks", "clicks"),
 )
-PICTURE_HZ = 8000
-_FLOOR_DB = 70.0  # below the loudest point of a spectrogram
 
 
 def _cell(value: Any) -> Any:
@@ -140,14 +140,66 @@ def notes(voices: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{note} ({count} clips)" for note, count in counted.items()]
 
 
-def missed_goals(voices: Sequence[dict[str, Any]]) -> list[str]:
-    """The goals that a voice misses, in words."""
+class Reached(NamedTuple):
+    """What a voice reached of a goal.
+
+    Attributes:
+        voice: its name.
+        shown: the goal.
+        value: the figure, or None.
+        clips: how many it is made of.
+    """
+
+    voice: str
+    shown: Shown
+    value: Any
+    clips: int
+
+    @property
+    def verdict(self) -> str:
+        """``met``, ``missed`` or ``not measured``."""
+        return self.shown.verdict(self.value)
+
+
+def goals(voices: Sequence[dict[str, Any]]) -> list[Reached]:
+    """Every goal of the judges that were asked, for every voice."""
     return [
-        f"{voice['name']}: {shown.label} is {table_cell(value)}, "
-        f"the goal is {shown.sign} {shown.goal:g}"
+        Reached(
+            voice["name"],
+            shown,
+            _found(voice["summary"], shown),
+            sum(is_figure(_found(c["judged"], shown)) for c in voice["clips"]),
+        )
         for voice in voices
         for shown in SUMMARY
-        if shown.verdict(value := _found(voice["summary"], shown)) == "missed"
+        if shown.sign and shown.judge in voice["summary"]
+    ]
+
+
+def goals_table(voices: Sequence[dict[str, Any]]) -> str:
+    """A line per voice and goal: target, reached, over how many clips, verdict."""
+    rows = [
+        [
+            row.voice,
+            row.shown.label,
+            f"{row.shown.sign} {row.shown.goal:g}",
+            table_cell(row.value),
+            f"{row.clips} of {len(voice['clips'])}",
+            row.verdict,
+        ]
+        for voice in voices
+        for row in goals([voice])
+    ]
+    return table(("voice", "goal", "target", "reached", "clips", "verdict"), rows)
+
+
+def missed_goals(voices: Sequence[dict[str, Any]]) -> list[str]:
+    """The goals that a voice misses, or that could not be measured, in words."""
+    return [
+        f"{row.voice}: {row.shown.label} is {table_cell(row.value)}, "
+        f"the goal is {row.shown.sign} {row.shown.goal:g}"
+        for row in goals(voices)
+        if row.verdict != "met"
     ]
 
 
@@ -158,6 +210,7 @@ def write_report(path: Path, facts: dict[str, Any], picture: str) -> str:
         f"# Evaluation: {facts['label']}",
         f"{len(facts['sources'])} clips, judged by {', '.join(facts['judges'])}. "
         "What the figures mean: docs/EVALUATION.md.",
+        *([goals_table(voices)] if goals(voices) else []),
         summary_table(voices),
         clips_table(voices),
     ]
@@ -166,87 +219,3 @@ def write_report(path: Path, facts: dict[str, Any], picture: str) -> str:
     image = [f"![source and output]({picture})"] if picture else []
     path.write_text("\n\n".join([*parts, *image]) + "\n", "utf-8")
     return "\n\n".join(parts[1:])
-
-
-class Panel(NamedTuple):
-    """One spectrogram of the page.
-
-    Attributes:
-        title: above it.
-        recording: what is shown.
-        pitch: curves to draw over it, by name.
-    """
-
-    title: str
-    recording: Recording
-    pitch: dict[str, Curve]
-
-
-def _draw(axis: Any, panel: Panel, seconds: float) -> Any:
-    heard = panel.recording.load().heard
-    power, _, _, image = axis.specgram(
-        heard + 1e-9, NFFT=512, Fs=16000, noverlap=384, cmap="magma"
-    )
-    loudest = 10 * np.log10(power.max())
-    image.set_clim(loudest - _FLOOR_DB, loudest)
-    axis.set(ylim=(0, PICTURE_HZ), xlim=(0, seconds))
-    axis.set_title(panel.title, fontsize=9)
-    curves = axis.twinx()
-    # Expected below, found on top: where they agree only the top one is seen.
-    for (name, curve), style in zip(panel.pitch.items(), ("c-", "w--"), strict=False):
-        shown = np.where(curve.voiced, curve.f0, np.nan)
-        width = 2.4 if style == "c-" else 1.2
-        curves.plot(np.arange(len(shown)) * FRAME, shown, style, lw=width, label=name)
-    curves.set(ylim=(40, 640), yscale="log")
-    curves.set_yticks([50, 100, 200, 400], ["50", "100", "200", "400"], fontsize=7)
-    curves.minorticks_off()
-    if curves.get_legend_handles_labels()[0]:
-        curves.legend(
-            loc="upper right", fontsize=7, facecolor="#333333", labelcolor="w"
-        )
-    return curves
-
-
-def panels_of(
-    source: Recording, outputs: Mapping[str, tuple[Recording, float]], measured: bool
-) -> list[Panel]:
-    """The panels of one clip: the source, then each voice with what was expected.
-
-    Args:
-        source: the recording.
-        outputs: conversion and shift in semitones, by voice.
-        measured: whether pitch can be tracked here.
-    """
-    if not measured:
-        shown = {source.path.stem: source} | {n: out for n, (out, _) in outputs.items()}
-        return [Panel(name, recording, {}) for name, recording in shown.items()]
-    before = track(source.load().heard)
-    panels = [Panel(f"source: {source.path.stem}", source, {"F0, Hz": before})]
-    for name, (output, semitones) in outputs.items():
-        expected = before._replace(f0=before.f0 * 2 ** (semitones / 12))
-        pitch = {"source, shifted": expected, "output": track(output.load().heard)}
-        panels.append(Panel(f"{name}, {semitones:+g} semitones", output, pitch))
-    return panels
-
-
-def draw_page(path: Path, rows: Sequence[Sequence[Panel]]) -> None:
-    """A picture of spectrograms and F0: a row per clip, the source and every voice."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = len(rows[0])
-    size = (1 + 5.2 * columns, 0.6 + 2.9 * len(rows))
-    figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False)
-    for axes, panels in zip(grid, rows, strict=True):
-        seconds = max(len(p.recording.load().heard) / 16000 for p in panels)
-        for axis, panel in zip(axes, panels, strict=True):
-            _draw(axis, panel, seconds)
-        axes[0].set_ylabel("Hz")
-    for axis in grid[-1]:
-        axis.set_xlabel("seconds")
-    figure.text(0.995, 0.5, "F0, Hz", rotation=90, va="center", ha="right", fontsize=8)
-    figure.tight_layout(rect=(0, 0, 0.985, 1))
-    figure.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(figure)

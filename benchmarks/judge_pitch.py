@@ -12,6 +12,9 @@ from judging import Case, Judge, NoReadingError, Recording, Row, foreign_code
 FRAME = 256 / 16000  # seconds
 VOICED = 0.5  # confidence that swift-f0 is calibrated to
 TOLERANCE = 50.0  # cents
+QUIET_DB = (
+    50.0  # below the loudest frame nothing is voiced: the tracker hears hum there
+)
 _SPARE = 2  # frames by which two recordings of one length may differ
 
 
@@ -49,7 +52,19 @@ def _tracker() -> Any:
 def track(samples: np.ndarray) -> Curve:
     """Pitch of ``[n]`` float32 at 16 kHz."""
     found = _tracker().detect(samples, 16000)
-    return Curve(found.pitch_hz, found.confidence >= VOICED)
+    loud = _loud(samples, len(found.pitch_hz))
+    return Curve(found.pitch_hz, (found.confidence >= VOICED) & loud)
+
+
+def _loud(samples: np.ndarray, frames: int) -> np.ndarray:
+    """Which of the tracker's frames are not inaudible beside the loudest: ``[T]`` bool."""
+    power = np.concatenate(([0.0], np.cumsum(samples.astype(np.float64) ** 2)))
+    middles = (np.arange(frames) + 0.5) * FRAME * 16000
+    starts, stops = (
+        np.clip(middles + side, 0, len(samples)).astype(int) for side in (-256, 256)
+    )
+    energy = power[stops] - power[starts]
+    return energy > energy.max(initial=0.0) * 10 ** (-QUIET_DB / 10)
 
 
 def _observe(recording: Recording) -> Curve:

@@ -21,6 +21,8 @@ from scipy.signal import lfilter
 from rvc_mlx.audio import resample
 
 _SAME_CLICK = 0.02  # seconds within which a click of the source explains one
+_AT_JOIN = 0.01  # seconds around a join
+_DNSMOS_SAMPLES = 144160  # 9.01 s, the window of DNSMOS
 # K-weighting at 48 kHz: a shelf for the head, then a high-pass (ITU-R BS.1770-5, annex 1).
 _SHELF = (
     [1.53512485958697, -2.69169618940638, 1.19839281085285],
@@ -76,10 +78,21 @@ def _observe_clicks(recording: Recording) -> np.ndarray:
     return find_clicks(sound.full, sound.rate)
 
 
+def _distances(times: np.ndarray, others: Sequence[float] | np.ndarray) -> np.ndarray:
+    """From each of some times ``[k]`` to the nearest of others; infinite for none."""
+    apart = np.abs(np.subtract.outer(times, np.asarray(others, float)))
+    return np.min(apart, axis=1, initial=np.inf)
+
+
 def _compare_clicks(case: Case) -> Row:
-    distances = np.abs(np.subtract.outer(case.output, case.source))
-    new = case.output[np.min(distances, axis=1, initial=np.inf) > _SAME_CLICK]
-    return {
+    new = case.output[_distances(case.output, case.source) > _SAME_CLICK]
+    # Where the joins are not known, any place may be one.
+    at_joins = (
+        new if case.joins is None else new[_distances(new, case.joins) < _AT_JOIN]
+    )
+    joins = {} if case.joins is None else {"joins": len(case.joins)}
+    return joins | {
+        "clicks_at_joins": len(at_joins),
         "clicks_source": len(case.source),
         "clicks_output": len(case.output),
         "new_clicks": len(new),
@@ -89,8 +102,12 @@ def _compare_clicks(case: Case) -> Row:
 
 def _summarize_clicks(rows: Sequence[Row]) -> Row:
     """Sums: one click in a thousand clips is one too many."""
-    names = ("clicks_source", "clicks_output", "new_clicks")
-    return {name: sum(row[name] for row in rows if name in row) for name in names}
+    names = ("joins", "clicks_at_joins", "clicks_source", "clicks_output", "new_clicks")
+    return {
+        name: sum(row[name] for row in rows if name in row)
+        for name in names
+        if any(name in row for row in rows)
+    }
 
 
 def _observe_dnsmos(recording: Recording) -> Row:
@@ -98,6 +115,8 @@ def _observe_dnsmos(recording: Recording) -> Row:
         from speechmos import dnsmos
 
         samples = np.clip(recording.load().heard, -1, 1)
+        # Short clips are repeated to one window; the tool would take up to nine of them.
+        samples = np.resize(samples, max(len(samples), _DNSMOS_SAMPLES))
         scores: dict[str, Any] = dnsmos.run(samples, 16000)
     names = {"overall": "ovrl_mos", "speech": "sig_mos", "background": "bak_mos"}
     names["p808"] = "p808_mos"

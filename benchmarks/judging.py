@@ -80,6 +80,7 @@ class Case:
         references: observations of recordings of the target.
         semitones: by how much the pitch was to change.
         text: what is said, or None.
+        joins: where pieces meet in the output, seconds; None where it is not known.
     """
 
     source: Any
@@ -87,6 +88,7 @@ class Case:
     references: Sequence[Any] = ()
     semitones: float = 0.0
     text: str | None = None
+    joins: Sequence[float] | None = None
 
 
 def mean_values(rows: Sequence[Row]) -> Row:

@@ -50,42 +50,60 @@ def plot_speedup(results: list[Result], path: Path) -> bool:
 
 
 def plot_memory(results: list[Result], path: Path) -> bool:
-    """Peak memory of a conversion by the length of the audio."""
+    """Peak memory of a conversion by the length of the audio: of CPUs, and of GPUs."""
     found = chosen(results, "memory")
     if not found:
         return False
-    figure, axis = plt.subplots(figsize=(8, 4.5))
-    for result in found:
-        on_gpu = result["sides"]["backend"] in ("cuda", "metal")
-        name = "gpu_peak_bytes" if on_gpu else "peak_memory_bytes"
-        kinds = dict.fromkeys((r["side"], r["precision"]) for r in result["rows"])
-        for side, precision in kinds:
-            rows = [
-                row
-                for row in result["rows"]
-                if (row["side"], row["precision"]) == (side, precision)
-            ]
-            what = "GPU memory" if on_gpu else "resident memory"
-            program = "ours" if side == "ours" else "PyTorch"
-            axis.plot(
-                [row["seconds"] for row in rows],
-                [row[name] / MIB for row in rows],
-                "o-" if side == "ours" else "s--",
-                label=f"{machine(result)}: {program}, {precision}, {what}",
-            )
-    axis.set(title="Peak memory of a conversion", ylabel="MiB")
-    _length_axis(axis, {row["seconds"] for r in found for row in r["rows"]})
-    axis.legend(fontsize=8)
+    panels = {
+        "resident memory, CPU": [r for r in found if not _on_gpu(r)],
+        "GPU memory": [r for r in found if _on_gpu(r)],
+    }
+    panels = {title: those for title, those in panels.items() if those}
+    size = (8, 4.5 * len(panels))
+    figure, axes = plt.subplots(len(panels), figsize=size, squeeze=False)
+    for axis, (title, those) in zip(axes[:, 0], panels.items(), strict=True):
+        for result in those:
+            _draw_memory(axis, result)
+        axis.set(title=f"Peak of a conversion: {title}", ylabel="MiB")
+        _length_axis(axis, {row["seconds"] for r in those for row in r["rows"]})
+        axis.legend(fontsize=8)
     _finish(figure, path)
     return True
+
+
+def _on_gpu(result: Result) -> bool:
+    return result["sides"]["backend"] in ("cuda", "metal")
+
+
+def _draw_memory(axis: Any, result: Result) -> None:
+    """A line for each program and precision of one result."""
+    name = "gpu_peak_bytes" if _on_gpu(result) else "peak_memory_bytes"
+    for side, precision in dict.fromkeys(
+        (row["side"], row["precision"]) for row in result["rows"]
+    ):
+        rows = [
+            row
+            for row in result["rows"]
+            if (row["side"], row["precision"]) == (side, precision)
+        ]
+        program = "ours" if side == "ours" else "PyTorch"
+        axis.plot(
+            [row["seconds"] for row in rows],
+            [row[name] / MIB for row in rows],
+            "o-" if side == "ours" else "s--",
+            label=f"{machine(result)}: {program}, {precision}",
+        )
 
 
 def _stage_bars(results: list[Result]) -> list[tuple[str, dict[str, float], float]]:
     """Name, stages as shares of PyTorch's time on that machine, and the seconds."""
     bars = []
     for result in chosen(results, "e2e"):
-        longest = max(row["seconds"] for row in result["rows"])
-        rows = [row for row in result["rows"] if row["seconds"] == longest]
+        compared = [row for row in result["rows"] if row.get("speedup")]
+        if not compared:  # cut short before PyTorch's first row
+            continue
+        longest = max(row["seconds"] for row in compared)
+        rows = [row for row in compared if row["seconds"] == longest]
         theirs = {r["precision"]: r for r in rows if r["side"] == "torch"}
         for row in rows:
             against = theirs[row.get("against", row["precision"])]["warm_median_s"]

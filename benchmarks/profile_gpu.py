@@ -302,9 +302,11 @@ def _report(rows: list[dict[str, Any]], whole: float, roof: dict[str, float]) ->
 def main() -> int:
     """The command line."""
     parser = common.parser(__doc__ or "", runs=7, precisions=("f32", "bf16"))
-    parser.add_argument("--seconds", type=float, default=30, help="default: 30")
     parser.add_argument(
-        "--audio", type=Path, help="a recording (default: the bundled one)"
+        "--seconds", type=common.seconds, default=30, help="default: 30"
+    )
+    parser.add_argument(
+        "--audio", type=Path, help="a recording (default: the tests' clip)"
     )
     return main_for_each(parser, measure)
 

@@ -204,7 +204,7 @@ def e2e(results: list[Result]) -> str:
     header += ("peak MiB", "GPU MiB")
     rows = [
         [machine(result), _program(result, row), row["precision"], row["seconds"]]
-        + [row[n] for n in ("first_run_s", "cold_s", "warm_median_s", "speedup")]
+        + [row.get(n) for n in ("first_run_s", "cold_s", "warm_median_s", "speedup")]
         + [row["realtime_factor"], 1 / row["realtime_factor"]]
         + [row[n] // MIB for n in ("peak_memory_bytes", "gpu_peak_bytes")]
         for result, row in _e2e_rows(results)

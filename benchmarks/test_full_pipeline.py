@@ -34,7 +34,9 @@ CORRELATION = 0.99999
 
 def _parser() -> argparse.ArgumentParser:
     parser = common.parser(__doc__, precisions=("f32",))
-    parser.add_argument("--seconds", type=float, default=3.0, help="of the recording")
+    parser.add_argument(
+        "--seconds", type=common.seconds, default=3.0, help="of the recording"
+    )
     return parser
 
 
@@ -132,4 +134,4 @@ def test_accuracy() -> None:
 CHECKS = (test_baseline_rmvpe, test_mlx_rmvpe, test_full_inference, test_accuracy)
 
 if __name__ == "__main__":
-    raise SystemExit(common.run_checks(CHECKS))
+    raise SystemExit(common.exit_code(lambda: common.run_checks(CHECKS)))

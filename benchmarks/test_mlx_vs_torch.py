@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from functools import cache
+from pathlib import Path
 
 import common
 import stages
@@ -30,17 +31,17 @@ def _parser() -> argparse.ArgumentParser:
     return common.parser(__doc__, precisions=("f32",))
 
 
-def rmvpe_rows(sides: Sides) -> list[Row]:
-    path = common.model_file("rmvpe.pt")
+def rmvpe_rows(sides: Sides, models: Path | None = None) -> list[Row]:
+    path = common.model_file("rmvpe.pt", models)
     return stages.rmvpe_rows(sides, path, common.synthetic_audio(SECONDS))
 
 
-def attention_rows(sides: Sides) -> list[Row]:
-    return stages.attention_rows(sides, common.model_file("v2_48k.pth"), FRAMES)
+def attention_rows(sides: Sides, models: Path | None = None) -> list[Row]:
+    return stages.attention_rows(sides, common.model_file("v2_48k.pth", models), FRAMES)
 
 
-def synthesis_rows(sides: Sides) -> list[Row]:
-    return stages.synthesis_rows(sides, common.model_file("v2_48k.pth"), FRAMES)
+def synthesis_rows(sides: Sides, models: Path | None = None) -> list[Row]:
+    return stages.synthesis_rows(sides, common.model_file("v2_48k.pth", models), FRAMES)
 
 
 def test_rmvpe() -> None:
@@ -64,11 +65,11 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> int:
     rows = [
         row | {"test": f"benchmarks/{sys.argv[0].rsplit('/', 1)[-1]}::{name}"}
         for name, group in groups.items()
-        for row in group(sides)
+        for row in group(sides, arguments.models)
     ]
     print(parity_table(rows))
     names = ("rmvpe.pt", "v2_48k.pth")
-    used = {name: common.model_file(name) for name in names}
+    used = {name: common.model_file(name, arguments.models) for name in names}
     save(arguments, sides, "mlx_vs_torch", used, rows=rows)
     failed = [row["stage"] for row in rows if not row["passed"]]
     print(f"{len(rows) - len(failed)} of {len(rows)} within tolerance", *failed)

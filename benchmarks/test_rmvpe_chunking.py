@@ -2,7 +2,7 @@
 
     python benchmarks/test_rmvpe_chunking.py [--engine ...] [--precision f32]
 
-The full-size network on half a minute, the small bundled one on 32,000 frames. Also runs
+The full-size network on half a minute, the small one of the tests on 32,000 frames. Also runs
 under ``pytest benchmarks``.
 """
 
@@ -19,7 +19,7 @@ from twins import Sides, choose_sides
 from rvc_mlx import pitch
 from rvc_mlx.loading import PitchNet, read_weights
 
-SMALL_MODEL = common.ROOT / "rvc_mlx" / "bundled" / "rmvpe.pt"
+SMALL_MODEL = common.ROOT / "tests" / "small_models" / "rmvpe.pt"
 FULL_CHUNK = 2 * pitch.CHUNK_CONTEXT + 576  # frames
 MAX_CENTS, MEAN_CENTS = 0.01, 0.001  # at every frame; on average
 
@@ -102,4 +102,4 @@ CHECKS = (
 )
 
 if __name__ == "__main__":
-    raise SystemExit(common.run_checks(CHECKS))
+    raise SystemExit(common.exit_code(lambda: common.run_checks(CHECKS)))

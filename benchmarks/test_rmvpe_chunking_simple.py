@@ -9,6 +9,7 @@ under ``pytest benchmarks``.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import cache
 
@@ -161,4 +162,5 @@ CHECKS = (
 )
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__.split("\n", 1)[0]).parse_args()
     raise SystemExit(common.run_checks(CHECKS))

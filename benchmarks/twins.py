@@ -15,7 +15,15 @@ from typing import Any
 
 import mlx.core as mx
 import torch
-from common import TEST_MODELS, Models, describe_files, environment, write_json
+from common import (
+    TEST_MODELS,
+    Models,
+    describe_files,
+    environment,
+    exit_code,
+    machine_name,
+    write_json,
+)
 from torch_side import Place
 
 from rvc_mlx.engine import (
@@ -46,13 +54,18 @@ class Sides:
     precision: str
     torch: Place
 
-    @property
-    def name(self) -> str:
-        """For result files: back end, precision, PyTorch's if it is not the same."""
+    def name(self, facts: Mapping[str, Any]) -> str:
+        """For result files: machine and precision; PyTorch's where it is not usual.
+
+        Args:
+            facts: the machine, as of ``environment``.
+        """
+        usual = {"cuda": "cuda", "metal": "mps"}.get(self.backend, "cpu")
         alike = {"f32": "f32", "tf32": "tf32"}.get(self.precision, "f32")
-        ours = f"{self.backend}-{self.precision}"
-        theirs = self.torch.precision
-        return ours if theirs == alike else f"{ours}-v-{theirs}"
+        ours = f"{machine_name(self.backend, facts)}-{self.precision}"
+        theirs = [] if self.torch.device.type == usual else [self.torch.device.type]
+        theirs += [] if self.torch.precision == alike else [self.torch.precision]
+        return "-v-".join([ours, *["-".join(theirs)] * bool(theirs)])
 
     def record(self) -> dict[str, str]:
         """For a result file."""
@@ -147,8 +160,19 @@ def main_for_each(
     """Run a script: once per distinct precision, each in a process of its own.
 
     TF32 is decided once per process, and memory of one would count for the next.
+
+    Returns:
+        Its exit code; 1 and a line on stderr for bad input.
     """
     arguments = parser.parse_args()
+    return exit_code(lambda: _measure_each(arguments, measure, keep))
+
+
+def _measure_each(
+    arguments: argparse.Namespace,
+    measure: Callable[[argparse.Namespace, Sides], int | None],
+    keep: bool,
+) -> int:
     distinct = distinct_precisions(arguments)
     if len(distinct) == 1:
         sides = choose_sides(arguments, keep)
@@ -162,7 +186,7 @@ def main_for_each(
         subprocess.run([sys.executable, *sys.argv, "--precision", precision])
         for precision in distinct.values()
     ]
-    return max(run.returncode for run in runs)
+    return 1 if any(run.returncode for run in runs) else 0  # below 0: killed
 
 
 def save(
@@ -178,14 +202,16 @@ def save(
         for key, value in vars(arguments).items()
         if key not in ("output", "output_dir")
     }
+    machine = environment()
     facts = {
         "benchmark": name,
         "sides": sides.record(),
-        "environment": environment(),
+        "environment": machine,
         "options": options,
         "models": describe_files(files),
     }
-    return write_json(arguments.output, f"{name}-{sides.name}", facts | content)
+    file = f"{name}-{sides.name(machine)}"
+    return write_json(arguments.output, file, facts | content)
 
 
 def converter(files: Models, sides: Sides) -> VoiceConverter:

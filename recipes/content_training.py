@@ -39,6 +39,7 @@ CONFIG = ContentVecConfig(
     pos_conv_groups=16,
     final_proj_size=0,
     bottleneck_size=64,
+    centred=True,
 )
 
 

@@ -48,7 +48,13 @@ class Utterance:
         return soxr.resample(self.samples, self.rate, SAMPLE_RATE)
 
 
-def _run(command: Sequence[str | Path]) -> str:
+def run_engine(command: Sequence[str | Path]) -> str:
+    """Output of a program.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+        RuntimeError: it failed.
+    """
     try:
         done = subprocess.run(
             list(map(str, command)), capture_output=True, timeout=_TIMEOUT
@@ -77,7 +83,7 @@ def flite(text: str, voice: str, stretch: float = 1.0, f0: float = 0.0) -> Utter
         settings += ["--setf", f"int_f0_target_mean={f0:.1f}"]
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "a.wav"
-        told = _run(
+        told = run_engine(
             ["flite", "-voice", voice, *settings, "-psdur", "-t", text, "-o", wav]
         )
         samples, rate = sf.read(wav, dtype="float32")
@@ -163,7 +169,7 @@ def run_scheme(
         )
     script = folder / "run.scm"
     script.write_bytes("\n".join(lines).encode(encoding, "ignore"))
-    _run(["festival", "--batch", script])
+    run_engine(["festival", "--batch", script])
 
 
 def _festival(
@@ -210,7 +216,7 @@ def slt_labels(sentences: Sequence[str]) -> list[str]:
             lines.append(f'(utt.synth (Utterance Text "{text}"))')
         script = folder / "run.scm"
         script.write_text("\n".join(lines), "utf-8")
-        _run(["festival", "--batch", script])
+        run_engine(["festival", "--batch", script])
         for path in sorted(folder.glob("*.lab")):
             labels.append(path.read_text("utf-8"))
     return labels
@@ -239,7 +245,9 @@ def hts_engine(
         if all_pass:
             options += ["-a", f"{all_pass:.3f}"]
         outputs = ["-od", folder / "d", "-of", folder / "f", "-ow", folder / "w.wav"]
-        _run(["hts_engine", "-m", SLT_VOICE, *options, *outputs, folder / "in.lab"])
+        run_engine(
+            ["hts_engine", "-m", SLT_VOICE, *options, *outputs, folder / "in.lab"]
+        )
         samples, sample_rate = sf.read(folder / "w.wav", dtype="float32")
         log_f0 = np.fromfile(folder / "f", np.float32)
         runs = _hts_runs((folder / "d").read_text("utf-8"))

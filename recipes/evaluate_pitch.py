@@ -10,32 +10,35 @@ import argparse
 import importlib.util
 import json
 import logging
-import sys
-import types
-from collections.abc import Callable, Sequence
+import multiprocessing
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from recipes.corpus import Shard, find_shards, read_shards
-from recipes.harmonics import world
+from recipes.goals import Goal, describe
 from recipes.pitch_training import f0_at
+from recipes.trackers import OTHERS, Tracker, tracker
 from rvc_mlx.audio import SAMPLE_RATE
-from rvc_mlx.loading import read_weights
-from rvc_mlx.models import rmvpe
-from rvc_mlx.models.layers import load_strictly
-from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
-from rvc_mlx.pitch import FRAME_LENGTH, VOICING_THRESHOLD, estimate_f0
+from rvc_mlx.machine import processors
+from rvc_mlx.pitch import FRAME_LENGTH
 
 log = logging.getLogger("recipes")
 
-# [n] at 16 kHz to [n // 160 + 1] Hz. As in mir_eval, a tracker's guess where it hears no
-# voice is negative, and 0 where it has none.
-Tracker = Callable[[np.ndarray], np.ndarray]
-
 _LONGEST = 6 * SAMPLE_RATE  # samples of a clip
+_CLEAN = np.inf  # dB
+# What a pitch network is to reach, by the noise and the score of it.
+GOALS = {
+    (_CLEAN, "rpa"): Goal("F0 within 50 cents, %", ">=", 97),
+    (5.0, "rpa"): Goal("F0 within 50 cents in noise of 5 dB, %", ">=", 90),
+    (_CLEAN, "vde"): Goal("voicing error, %", "<=", 4),
+    (_CLEAN, "octave"): Goal("octave errors, %", "<=", 1),
+}
 
 
 @dataclass(frozen=True)
@@ -118,100 +121,6 @@ def score(truth: np.ndarray, found: np.ndarray) -> dict[str, float]:
     }
 
 
-def network_tracker(path: Path) -> Tracker:
-    """An RMVPE network of any size, with RVC's threshold and decoding."""
-    tensors = rmvpe.sanitize(read_weights(path, "rmvpe").tensors)
-    config = RMVPEConfig.from_tensors(tensors)
-    network = RMVPE(config)
-    load_strictly(network, tensors)
-
-    def track(audio: np.ndarray) -> np.ndarray:
-        seen: dict[bytes, np.ndarray] = {}
-
-        def salience(mel: np.ndarray) -> np.ndarray:
-            key = mel.tobytes()
-            if key not in seen:
-                seen[key] = np.array(network(mx.array(mel)))
-            return seen[key]
-
-        heard, guess = (
-            estimate_f0(
-                salience,
-                lambda start, stop: audio[start:stop],
-                len(audio),
-                config.n_mels,
-                threshold,
-                frames_multiple=1 << config.levels,
-            )
-            for threshold in (VOICING_THRESHOLD, 0.0)
-        )
-        return np.where(heard > 0, heard, -guess)
-
-    return track
-
-
-def harvest_tracker() -> Tracker:
-    """WORLD's harvest, 50 to 1100 Hz."""
-    pyworld = world()
-
-    def track(audio: np.ndarray) -> np.ndarray:
-        x = audio.astype(np.float64)
-        return pyworld.harvest(x, SAMPLE_RATE, 50.0, 1100.0, frame_period=10.0)[0]
-
-    return track
-
-
-def swift_tracker() -> Tracker:
-    """swift-f0, voiced from the confidence .5 on, put on frames of 10 ms."""
-    from swift_f0 import SwiftF0
-
-    detector = SwiftF0(threads=1, spin=False)
-
-    def track(audio: np.ndarray) -> np.ndarray:
-        result = detector.detect(audio, SAMPLE_RATE)
-        times = np.arange(len(audio) // FRAME_LENGTH + 1) * FRAME_LENGTH / SAMPLE_RATE
-        own = np.asarray(result.timestamps)
-        voiced = np.asarray(result.confidence) >= 0.5
-        if voiced.sum() < 2:
-            return np.zeros(len(times))
-        log_f0 = np.log(np.asarray(result.pitch_hz)[voiced])
-        nearest = np.abs(times[:, None] - own).argmin(axis=1)
-        sign = np.where(voiced[nearest], 1, -1)
-        return sign * np.exp(np.interp(times, own[voiced], log_f0))
-
-    return track
-
-
-def crepe_tracker() -> Tracker:
-    """Torchcrepe's tiny network with Viterbi decoding, voiced above .21."""
-    if importlib.util.find_spec("torchaudio") is None:
-        # It is imported for loading files and for resampling, which is not done here.
-        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
-    import torch  # noqa: TID251
-    import torchcrepe
-
-    def track(audio: np.ndarray) -> np.ndarray:
-        f0, sure = torchcrepe.predict(
-            torch.from_numpy(audio)[None],
-            SAMPLE_RATE,
-            FRAME_LENGTH,
-            50.0,
-            1100.0,
-            model="tiny",
-            return_periodicity=True,
-        )
-        return np.where(sure[0].numpy() > 0.21, 1, -1) * f0[0].numpy()
-
-    return track
-
-
-_OTHERS: dict[str, tuple[str, Callable[[], Tracker]]] = {
-    "harvest": ("pyworld", harvest_tracker),
-    "swift-f0": ("swift_f0", swift_tracker),
-    "torchcrepe tiny": ("torchcrepe", crepe_tracker),
-}
-
-
 def judge(tracker: Tracker, clips: Sequence[Known], snr: float) -> dict[str, float]:
     """Scores over all clips together, in noise of ``snr`` dB (infinite for none)."""
     rng = np.random.default_rng(0)
@@ -227,6 +136,74 @@ def judge(tracker: Tracker, clips: Sequence[Known], snr: float) -> dict[str, flo
     return score(np.concatenate(truths), np.concatenate(found))
 
 
+def judge_named(
+    name: str, network: Path | None, clips: Sequence[Known], snr: float
+) -> dict[str, float]:
+    """The same by name, for a process of its own."""
+    return judge(tracker(name, network), clips, snr)
+
+
+def _one_thread() -> None:
+    """Processes share the cores; threads inside them would only wait for each other."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def judge_all(
+    trackers: Mapping[str, Path | None],
+    clips: Sequence[Known],
+    snrs: Sequence[float],
+    workers: int,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores of every tracker, by its name and the noise.
+
+    Args:
+        trackers: names, and the file of those that are networks.
+        clips: what they hear.
+        snrs: noise in dB below the clip, infinite for none.
+        workers: processes; 1 listens in this one.
+    """
+    tasks = [
+        (name, file, clips, snr) for name, file in trackers.items() for snr in snrs
+    ]
+    if min(workers, len(tasks)) <= 1:
+        found = [judge_named(*task) for task in tasks]
+    else:
+        context = multiprocessing.get_context("spawn")  # forked threads would hang
+        with ProcessPoolExecutor(workers, context, _one_thread) as pool:
+            found = list(pool.map(judge_named, *zip(*tasks, strict=True)))
+    scores: dict[str, dict[str, dict[str, float]]] = {name: {} for name in trackers}
+    for (name, _, _, snr), row in zip(tasks, found, strict=True):
+        scores[name][noise_name(snr)] = row
+    return scores
+
+
+def noise_name(snr: float) -> str:
+    """Noise in words: ``"clean"``, ``"5 dB"``."""
+    return f"{snr:g} dB" if np.isfinite(snr) else "clean"
+
+
+def reached(
+    scores: Mapping[str, Mapping[str, float]], clips: int
+) -> list[dict[str, Any]]:
+    """A row per goal of one tracker's scores by noise."""
+    rows = []
+    for (snr, kind), goal in GOALS.items():
+        score = scores.get(noise_name(snr), {}).get(kind)
+        rows.append(goal.row(None if score is None else 100 * score, clips))
+    return rows
+
+
+def chosen_trackers(network: Path | None, only: bool) -> dict[str, Path | None]:
+    """Names of the network and of the others that are installed, with their file."""
+    chosen: dict[str, Path | None] = {network.name: network} if network else {}
+    for name, (module, _) in {} if only else OTHERS.items():
+        if importlib.util.find_spec(module):
+            chosen[name] = None
+        else:
+            log.info(f"{name}: {module} is not installed; left out")
+    return chosen
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Print a JSON report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -235,27 +212,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=60)
     parser.add_argument("--snr", nargs="*", type=float, default=[np.inf, 20, 10, 5, 0])
     parser.add_argument("--only-network", action="store_true")
+    parser.add_argument("--workers", type=int, default=processors(), help="processes")
     parser.add_argument("--report", type=Path, help="write the JSON here too")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    clips = known_clips(read_shards(find_shards(options.corpus)), options.clips)
-    trackers: dict[str, Tracker] = {}
-    if options.network:
-        trackers[options.network.name] = network_tracker(options.network)
-    for name, (module, make) in _OTHERS.items():
-        if options.only_network:
-            continue
-        if importlib.util.find_spec(module):
-            trackers[name] = make()
-        else:
-            log.info(f"{name}: {module} is not installed; left out")
+    trackers = chosen_trackers(options.network, options.only_network)
+    if not trackers:
+        parser.error(
+            "no tracker to judge: give --network, or install one of the others"
+        )
+    shards = read_shards(find_shards(options.corpus))
+    clips = known_clips(shards, options.clips)
+    scores = judge_all(trackers, clips, options.snr, options.workers)
     report = {
-        name: {f"{snr:g} dB": judge(tracker, clips, snr) for snr in options.snr}
-        for name, tracker in trackers.items()
+        "benchmark": "pitch",
+        **describe(options.network, options.corpus, [OTHERS[n][0] for n in OTHERS]),
+        "speakers": sorted({shard.speaker for shard in shards}),
+        "clips": len(clips),
+        "seconds": round(sum(len(clip.audio) for clip in clips) / SAMPLE_RATE, 1),
+        "trackers": scores,
     }
-    text = json.dumps({"clips": len(clips), "trackers": report}, indent=1)
+    if options.network:
+        report["goals"] = reached(scores[options.network.name], len(clips))
+    text = json.dumps(report, indent=1)
     log.info(text)
     if options.report:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
         options.report.write_text(text + "\n", "utf-8")
 
 

@@ -35,6 +35,21 @@ def torch_tensors(network: nn.Module) -> dict[str, np.ndarray]:
     return arrays
 
 
+def halved(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors as float16.
+
+    Raises:
+        ValueError: a value does not fit; names the tensor.
+    """
+    halves = {}
+    for name, value in tensors.items():
+        with np.errstate(over="ignore"):
+            halves[name] = value.astype(np.float16)
+        if not np.isfinite(halves[name]).all():
+            raise ValueError(f"{name}: {np.abs(value).max():.3g} does not fit float16")
+    return halves
+
+
 def export(
     path: Path, network: nn.Module, kind: str, metadata: Mapping[str, Any]
 ) -> None:
@@ -49,13 +64,7 @@ def export(
     Raises:
         ValueError: a weight does not fit float16.
     """
-    tensors = {}
-    for name, value in torch_tensors(network).items():
-        with np.errstate(over="ignore"):
-            half = value.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError(f"{name}: {np.abs(value).max():.3g} does not fit float16")
-        tensors[name] = half
+    tensors = halved(torch_tensors(network))
     path.parent.mkdir(parents=True, exist_ok=True)
     made = {"kind": kind, "trained_by": f"rvc_mlx {__version__} recipes"}
     save_checkpoint(path, tensors, {**made, **metadata})
@@ -76,10 +85,17 @@ def start_from(path: Path, network: nn.Module, kind: str) -> None:
     load_strictly(network, read_weights(path, kind).tensors)
 
 
-def write_provenance(folder: Path, seed: int) -> None:
+def write_provenance(
+    folder: Path, seed: int, others: Mapping[str, str] | None = None
+) -> None:
     """Write which versions of which packages made a corpus.
 
     Packages that are not installed are left out, as on a system without ``dpkg``.
+
+    Args:
+        folder: of the corpus.
+        seed: of its draws.
+        others: versions of packages that are not Debian's.
     """
     told = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *PACKAGES],
@@ -89,17 +105,24 @@ def write_provenance(folder: Path, seed: int) -> None:
     )
     versions = dict(line.split(" ", 1) for line in told.stdout.splitlines())
     folder.mkdir(parents=True, exist_ok=True)
+    versions |= others or {}
     text = json.dumps({"packages": versions, "seed": seed}, indent=1)
     (folder / PROVENANCE).write_text(text + "\n", "utf-8")
 
 
-def corpus_facts(folders: Sequence[Path], speakers: Sequence[str]) -> dict[str, str]:
-    """What metadata tells about a corpus: speakers, licences and package versions."""
+def corpus_packages(folders: Sequence[Path]) -> dict[str, str]:
+    """Versions of the packages that made a corpus, from beside its parts."""
     packages: dict[str, str] = {}
     for folder in folders:
         for path in (folder / PROVENANCE, folder.parent / PROVENANCE):
             if path.is_file():
                 packages |= json.loads(path.read_text("utf-8"))["packages"]
+    return packages
+
+
+def corpus_facts(folders: Sequence[Path], speakers: Sequence[str]) -> dict[str, str]:
+    """What metadata tells about a corpus: speakers, licences and package versions."""
+    packages = corpus_packages(folders)
     licences = sorted({SPEAKERS[s].licence for s in speakers if s in SPEAKERS})
     return {
         "speakers": " ".join(sorted(speakers)),

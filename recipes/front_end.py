@@ -11,13 +11,13 @@ identities spare most of it:
 
 from __future__ import annotations
 
-from functools import cache
 from math import pi, sqrt
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.models.contentvec import ContentVec, ConvLayer
+from rvc_mlx.training.fused import fused
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
 
@@ -26,17 +26,6 @@ def quicken(encoder: ContentVec) -> None:
     """Let an encoder's front end compute this way; names and weights stay."""
     front = encoder.feature_extractor
     front.conv_layers = [_Layer(layer) for layer in front.conv_layers]
-
-
-def fused(function):
-    """``function`` as one kernel on a GPU; on the CPU MLX would call a C compiler."""
-
-    @cache
-    def compiled():
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        return mx.compile(function, shapeless=True) if on_gpu else function
-
-    return lambda *arguments: compiled()(*arguments)
 
 
 @fused

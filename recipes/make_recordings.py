@@ -25,6 +25,7 @@ from rvc_mlx.audio import SAMPLE_RATE
 
 log = logging.getLogger("recipes")
 
+SPEAKERS_OF = {"slt": "slt_hts", "rms": "rms"}  # of recipes.speakers, by folder
 _BLOCK = 40  # sentences
 
 

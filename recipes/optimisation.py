@@ -107,6 +107,7 @@ class Training:
         self.buffers = _rest(network)
         self.step = 0
         self.seconds = 0.0
+        self._compiled = False
         self._optimiser = optim.AdamW(
             schedule.learning_rate,
             betas=[0.9, 0.98],
@@ -156,7 +157,9 @@ class Training:
             raise FloatingPointError(f"step {self.step}: the losses are {values}")
         self.weights, self.buffers, self.moments = weights, buffers, moments
         self.step += 1
-        self.seconds += time.perf_counter() - launched.began
+        # The first step of a process compiles, which takes minutes on a bare GPU.
+        self.seconds += time.perf_counter() - launched.began if self._compiled else 0.0
+        self._compiled = True
         return values
 
     def advance(self, batch: Batch) -> dict[str, float]:

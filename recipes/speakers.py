@@ -88,6 +88,12 @@ TEST = (
 TRAINING = _TRAINING + ESPEAK
 SPEAKERS = {speaker.name: speaker for speaker in (*TRAINING, *TEST)}
 
+# What the recordings of a voice need beside its own package, by its engine.
+ENGINE_PACKAGES = {
+    "hts": ("htsengine", "festival", "festlex-cmu", "festlex-poslex"),
+    "flite": ("flite",),
+}
+
 # Everything that the recipes install; the voices' own packages come with their needs.
 PACKAGES = (
     *("espeak-ng", "libespeak-ng1", "flite", "festival", "festlex-cmu", "htsengine"),

@@ -19,6 +19,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from rvc_mlx.bundled_models import (
+    DEMO_VOICE,
+    SPEECH,
+    VOICES,
+    bundled_index,
+    bundled_voice,
+)
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.training.commands import add_commands
 from rvc_mlx.version import __version__
@@ -153,22 +160,28 @@ def _add_convert(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-v", "--voice", "--pth-path", "--model", "--model-name", required=True,
-        metavar="FILE", help="the voice: .pth, .safetensors or .npz",
+        metavar="VOICE",
+        help="the voice: .pth, .safetensors or .npz, or the name of a bundled one: "
+        + ", ".join(VOICES),
     )  # fmt: skip
     parser.add_argument(
-        "-i", "--index", "--index-path", metavar="FILE", help="the voice's .index file"
-    )
+        "-i", "--index", "--index-path", metavar="FILE",
+        help="the voice's .index file (default: a bundled voice's own, else none; "
+        '"" for none)',
+    )  # fmt: skip
     parser.add_argument(
         "--encoder", "--embedder-model-custom", metavar="FILE",
-        help="content encoder (default: the downloaded ContentVec)",
+        help="content encoder (default: the bundled or downloaded one that the voice "
+        "was trained with)",
     )  # fmt: skip
     parser.add_argument(
         "--embedder-model", default="contentvec", choices=("contentvec",),
         help="name of the encoder, where it is not given as a file",
     )  # fmt: skip
     parser.add_argument(
-        "--rmvpe", metavar="FILE", help="pitch network (default: the downloaded RMVPE)"
-    )
+        "--rmvpe", metavar="FILE",
+        help="pitch network (default: the bundled or downloaded one, likewise)",
+    )  # fmt: skip
     _add_options(parser)
     _add_device(parser)
     parser.add_argument(
@@ -229,7 +242,7 @@ def _load(arguments: argparse.Namespace) -> VoiceConverter:
 
     return load(
         arguments.voice,
-        arguments.index or None,  # Applio's scripts pass "" for none
+        arguments.index,  # Applio's scripts pass "" for none
         encoder=arguments.encoder,
         rmvpe=arguments.rmvpe,
         device=arguments.device,
@@ -482,7 +495,7 @@ class _Progress:
 
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="say what a model or index file is")
-    parser.add_argument("file")
+    parser.add_argument("file", help="or the name of a bundled voice")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.set_defaults(run=_info)
 
@@ -490,7 +503,7 @@ def _add_info(commands: Any) -> None:
 def _info(arguments: argparse.Namespace) -> int:
     from rvc_mlx.inspection import describe_file
 
-    facts = describe_file(Path(arguments.file))
+    facts = describe_file(arguments.file)
     if arguments.json:
         print(json.dumps(facts, indent=1, default=str))
     else:
@@ -581,7 +594,10 @@ def _add_bench(commands: Any) -> None:
     parser = commands.add_parser(
         "bench", help="time a conversion on this machine, with a report"
     )
-    parser.add_argument("-v", "--voice", metavar="FILE", help="default: bundled models")
+    parser.add_argument(
+        "-v", "--voice", default=DEMO_VOICE, metavar="VOICE",
+        help=f"as for convert (default: {DEMO_VOICE}, bundled)",
+    )  # fmt: skip
     parser.add_argument("-i", "--index", metavar="FILE", help="the voice's .index file")
     parser.add_argument("--encoder", metavar="FILE", help="content encoder")
     parser.add_argument("--rmvpe", metavar="FILE", help="pitch network")
@@ -602,6 +618,10 @@ def _bench(arguments: argparse.Namespace) -> int:
     given = arguments
     if given.output and Path(given.output).exists() and not given.force:
         raise FileExistsError(f"{given.output} exists; pass --force to overwrite it")
+    if given.output and not Path(given.output).parent.is_dir():
+        raise FileNotFoundError(
+            f"{given.output}: there is no such folder; make it first"
+        )
     files = BenchFiles(given.voice, given.index, given.encoder, given.rmvpe)
     report = run_benchmark(
         files, given.seconds, given.runs, given.device, given.precision
@@ -624,18 +644,14 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from rvc_mlx.inspection import BUNDLED
-
     print(
-        "The bundled models are small, untrained test models with random weights: they "
-        "show that everything works, they do not speak. See the README for real voices.",
+        f"The bundled voice {DEMO_VOICE} speaks, but no better than small networks that "
+        "learnt from synthetic speech alone: see the README for real voices.",
         flush=True,
     )
-    words = ["convert", str(BUNDLED / "speech.flac"), "-o", arguments.output]
-    words += ["--voice", str(BUNDLED / "voice.pth")]
-    words += ["--index", str(BUNDLED / "voice.index")]
-    words += ["--encoder", str(BUNDLED / "contentvec")]
-    words += ["--rmvpe", str(BUNDLED / "rmvpe.pt")]
+    words = ["convert", str(SPEECH), "-o", arguments.output]
+    words += ["--voice", str(bundled_voice(DEMO_VOICE))]
+    words += ["--index", str(bundled_index(DEMO_VOICE))]
     words += ["--device", arguments.device, "--precision", arguments.precision]
     words += ["--force"] if arguments.force else []
     parsed = build_parser().parse_args(words)

@@ -22,6 +22,7 @@ _KEPT = (
     "model_name",
     "author",
     "embedder_model",
+    "pitch_model",
     "speakers_id",
     "creation_date",
     "model_hash",

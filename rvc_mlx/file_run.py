@@ -133,4 +133,5 @@ class FileRun:
         except _OF_A_FILE as error:
             return error
         stages, self._report.stages = self._report.stages, {}
-        return Report(file.seconds, writer.frames, self._rate, stages)
+        joins = file.job.joins
+        return Report(file.seconds, writer.frames, self._rate, stages, joins=joins)

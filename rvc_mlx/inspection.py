@@ -11,6 +11,16 @@ from typing import Any
 import numpy as np
 
 from rvc_mlx.audio_io import load_audio
+from rvc_mlx.bundled_models import (
+    DEMO_VOICE,
+    NETWORKS,
+    SPEECH,
+    VOICES,
+    bundled_index,
+    bundled_network,
+    bundled_voice,
+    choose_voice,
+)
 from rvc_mlx.checkpoint import hash_file, read_checkpoint
 from rvc_mlx.download import PUBLIC_WEIGHTS, locate
 from rvc_mlx.engine import (
@@ -25,17 +35,17 @@ from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
 from rvc_mlx.pipeline import load
 from rvc_mlx.retrieval import read_index
 
-BUNDLED = Path(__file__).parent / "bundled"
 _PACKAGES = ("mlx", "openvino", "numpy", "scipy", "soundfile", "soxr", "av")
 
 
-def describe_file(path: Path) -> dict[str, Any]:
-    """Facts about a model or index file, for a person.
+def describe_file(name: str | Path) -> dict[str, Any]:
+    """Facts about a model or index file, or a bundled voice by its name, for a person.
 
     Raises:
         ValueError: it is neither.
         OSError: it cannot be read.
     """
+    path, _ = choose_voice(name)
     facts: dict[str, Any] = {"file": str(path)}
     if path.suffix == ".index":
         index = read_index(path)
@@ -105,6 +115,7 @@ def examine(device: str, precision: str) -> tuple[dict[str, dict[str, Any]], boo
             "used": engine.device,
             "precision": engine.precision,
         },
+        "bundled models": _bundled(),
         "weights": {"folder": str(cache_folder())}
         | {name: _found(name) for name in PUBLIC_WEIGHTS},
     }
@@ -126,6 +137,17 @@ def _openvino() -> str:
     return ", ".join(cpu_precisions()) if openvino_available() else "not installed"
 
 
+def _bundled() -> dict[str, str]:
+    files = {
+        f"{NETWORKS} {kind}": bundled_network(kind) for kind in ("contentvec", "rmvpe")
+    }
+    files |= {f"voice {name}": bundled_voice(name) for name in VOICES}
+    return {
+        name: f"{path}, sha256 {hash_file(path)}" if path.is_file() else "MISSING"
+        for name, path in files.items()
+    }
+
+
 def _found(name: str) -> str:
     path = locate(name)
     if path is None:
@@ -134,16 +156,10 @@ def _found(name: str) -> str:
 
 
 def _self_test(device: str, precision: str) -> tuple[dict[str, Any], bool]:
-    """Convert one second with the bundled test models, twice."""
-    converter = load(
-        BUNDLED / "voice.pth",
-        BUNDLED / "voice.index",
-        encoder=BUNDLED / "contentvec",
-        rmvpe=BUNDLED / "rmvpe.pt",
-        device=device,
-        precision=precision,
-    )
-    audio = load_audio(BUNDLED / "speech.flac")[16000:32000]
+    """Convert one second with the bundled models, twice."""
+    files = bundled_voice(DEMO_VOICE), bundled_index(DEMO_VOICE)
+    converter = load(*files, device=device, precision=precision)
+    audio = load_audio(SPEECH)[16000:32000]
     first = converter.convert(audio, 16000).audio
     start = time.perf_counter()
     second = converter.convert(audio, 16000).audio
@@ -155,5 +171,5 @@ def _self_test(device: str, precision: str) -> tuple[dict[str, Any], bool]:
         "repeatable": bool(np.array_equal(first, second)),
     }
     facts: dict[str, Any] = {k: "ok" if ok else "FAILED" for k, ok in checks.items()}
-    facts["speed"] = f"{1 / spent:.1f} x realtime (bundled test models, small)"
+    facts["speed"] = f"{1 / spent:.1f} x realtime (bundled models, small)"
     return facts, all(checks.values())

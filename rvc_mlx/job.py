@@ -58,6 +58,7 @@ class Job:
         segments: once it is prepared.
         f0: shifted F0 ``[T]`` of the padded recording in Hz, once it is known; None for
             a voice without F0.
+        joins: where windows or segments met so far in its output, seconds from its start.
         failure: what went wrong while it was prepared.
     """
 
@@ -90,6 +91,7 @@ class Job:
         self.speaker = voice.speakers[options.speaker][None, None]
         self.segments: list[Segment] = []
         self.f0: np.ndarray | None = None
+        self.joins: list[float] = []
         self.failure: Exception | None = None
 
     def __enter__(self) -> Job:
@@ -178,8 +180,7 @@ class Job:
         self, raw: Iterator[np.ndarray], report: Report, progress: Progress | None
     ) -> tuple[Spool, np.float32]:
         """The result before its limiter, and the gain of that."""
-        if progress:
-            raw = self._observed(raw, progress)
+        raw = self._observed(raw, progress)
         if self.options.volume_envelope != 1:
             raw = self._matched(raw)
         finished = self.source.like(expected=self.target)
@@ -198,13 +199,17 @@ class Job:
         return finished, np.float32(limit_gain(loudest))
 
     def _observed(
-        self, blocks: Iterator[np.ndarray], progress: Progress
+        self, blocks: Iterator[np.ndarray], progress: Progress | None
     ) -> Iterator[np.ndarray]:
-        """The same blocks at the voice's rate, each told to ``progress`` first."""
-        done, total = 0, len(self.source) / SAMPLE_RATE
+        """The same blocks at the voice's rate; keeps their joins, tells ``progress``."""
+        done, rate = 0, self.voice.config.sample_rate
+        total = len(self.source) / SAMPLE_RATE
         for block in blocks:
+            if done:
+                self.joins.append(done / rate)
             done += len(block)
-            progress(min(done / self.voice.config.sample_rate, total), total)
+            if progress:
+                progress(min(done / rate, total), total)
             yield block
 
     def _matched(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

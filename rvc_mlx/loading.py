@@ -18,6 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx.arrays import Array
+from rvc_mlx.bundled_models import NETWORKS, bundled_network
 from rvc_mlx.checkpoint import Checkpoint, read_checkpoint
 from rvc_mlx.download import locate
 from rvc_mlx.engine import MLXEngine, OpenVINOEngine, Run, Seam, Step, fingerprint
@@ -106,7 +107,7 @@ _DOWNLOADS = {
 
 
 def find_weights(kind: str, wanted: str) -> Path:
-    """A downloaded weight file.
+    """A bundled or downloaded weight file.
 
     Args:
         kind: ``"contentvec"`` or ``"rmvpe"``.
@@ -114,12 +115,17 @@ def find_weights(kind: str, wanted: str) -> Path:
 
     Raises:
         FileNotFoundError: it is not there; says how to get it.
-        ValueError: the voice names an encoder that has no download.
+        ValueError: the voice names one that is neither bundled nor has a download.
     """
-    option = "--encoder" if kind == "contentvec" else "--rmvpe"
+    if wanted == NETWORKS:
+        return bundled_network(kind)
+    option, what = {
+        "contentvec": ("--encoder", "encoder"),
+        "rmvpe": ("--rmvpe", "pitch network"),
+    }[kind]
     if wanted != kind:
         raise ValueError(
-            f"this voice was trained with the encoder {wanted!r}, which has no download; "
+            f"this voice was trained with the {what} {wanted!r}, which has no download; "
             f"pass its file with {option}"
         )
     for name in _DOWNLOADS[kind]:

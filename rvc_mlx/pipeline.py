@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rvc_mlx.audio import SAMPLE_RATE, resample
+from rvc_mlx.bundled_models import choose_voice
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.file_run import FileProgress, FileRun
 from rvc_mlx.job import Job, Nets, Progress
@@ -279,10 +280,13 @@ def load(
     """Load a voice and what it needs.
 
     Args:
-        voice: an RVC voice: ``.pth``, ``.safetensors`` or ``.npz``.
-        index: its ``.index`` file, or None to convert without retrieval.
-        encoder: content encoder; None finds the downloaded one that the voice names.
-        rmvpe: pitch network; None finds the downloaded one.
+        voice: an RVC voice: ``.pth``, ``.safetensors`` or ``.npz``, or the name of a
+            bundled one.
+        index: its ``.index`` file; None for the one that a bundled voice brings along,
+            and for no retrieval with other voices; "" for none.
+        encoder: content encoder; None finds the bundled or downloaded one that the
+            voice names.
+        rmvpe: pitch network; None finds the one that the voice names, likewise.
         device: ``"auto"``, ``"gpu"``, ``"cpu"`` or ``"mlx-cpu"``.
         precision: ``"auto"``, ``"f32"``, ``"bf16"`` or ``"f16"``.
 
@@ -295,13 +299,27 @@ def load(
         OSError: a file is missing or cannot be read.
     """
     engine = choose_engine(device, precision, cache_folder() / "compiled")
+    return load_on(engine, voice, index, encoder=encoder, rmvpe=rmvpe)
+
+
+def load_on(
+    engine: Engine,
+    voice: str | Path,
+    index: str | Path | None = None,
+    *,
+    encoder: str | Path | None = None,
+    rmvpe: str | Path | None = None,
+) -> VoiceConverter:
+    """As ``load``, on an engine that is there already."""
+    voice, index = choose_voice(voice, index)
     checkpoint = read_weights(voice, "voice")
     bound = Voice(checkpoint, engine)
     embedder = str(checkpoint.metadata.get("embedder_model") or "contentvec")
     encoder_path = encoder or find_weights("contentvec", embedder)
     net = None
     if bound.config.f0:
-        path = rmvpe or find_weights("rmvpe", "rmvpe")
+        wanted = str(checkpoint.metadata.get("pitch_model") or "rmvpe")
+        path = rmvpe or find_weights("rmvpe", wanted)
         net = PitchNet(read_weights(path, "rmvpe"), engine)
     return VoiceConverter(
         bound,

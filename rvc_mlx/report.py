@@ -17,6 +17,7 @@ class Report:
         samples: samples written.
         sample_rate: of the result, Hz.
         stages: seconds spent per stage.
+        joins: where windows or segments meet in the result, seconds from its start.
     """
 
     seconds: float = 0.0
@@ -25,6 +26,7 @@ class Report:
     stages: dict[str, float] = field(default_factory=dict)
     # Seconds of finished stages within the one that is running.
     _inner: float = field(default=0.0, init=False, repr=False)
+    joins: list[float] = field(default_factory=list)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

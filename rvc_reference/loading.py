@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,10 +21,20 @@ class InertDictionary:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """Read a checkpoint without running code from it."""
+    """Read a checkpoint without running code from it.
+
+    Raises:
+        ValueError: it is none that PyTorch reads.
+    """
     inert = (InertDictionary, "fairseq.data.dictionary.Dictionary")
-    with torch.serialization.safe_globals([inert]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([inert]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        raise ValueError(
+            f"{Path(path).name}: PyTorch cannot read this as a checkpoint; give a .pth "
+            "or .pt file of tensors"
+        ) from error
 
 
 def to_float(state: dict[str, Tensor]) -> dict[str, Tensor]:

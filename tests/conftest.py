@@ -1,4 +1,4 @@
-"""What several test files share: the bundled models, a loaded converter, test voices."""
+"""What several test files share: the small models, a loaded converter, test voices."""
 
 import os
 import shutil
@@ -32,6 +32,17 @@ def _threads():
         torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(scope="module")
+def _one_thread():
+    """PyTorch on one thread: in small networks more of them mostly wait."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Global generators start every test alike."""
@@ -47,9 +58,9 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(scope="session")
-def bundled() -> SimpleNamespace:
-    """Paths of the bundled models: ``voice``, ``index``, ``encoder``, ``rmvpe``, ``speech``."""
-    folder = ROOT / "rvc_mlx" / "bundled"
+def small_models() -> SimpleNamespace:
+    """Paths of the tests' small models, and of a clip of speech to convert."""
+    folder = ROOT / "tests" / "small_models"
     return SimpleNamespace(
         folder=folder,
         voice=folder / "voice.pth",
@@ -61,25 +72,25 @@ def bundled() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
-def speech(bundled) -> np.ndarray:
-    """The bundled clip, ``[n]`` float32 at 16 kHz; not to be changed."""
+def speech(small_models) -> np.ndarray:
+    """The clip of the small models, ``[n]`` float32 at 16 kHz; not to be changed."""
     from rvc_mlx.audio_io import load_audio
 
-    audio = load_audio(bundled.speech)
+    audio = load_audio(small_models.speech)
     audio.flags.writeable = False
     return audio
 
 
 @pytest.fixture(scope="session")
-def small_converter(home, bundled):
-    """The bundled models in float32 on the CPU."""
+def small_converter(home, small_models):
+    """The small models in float32 on the CPU."""
     from rvc_mlx import load
 
     return load(
-        bundled.voice,
-        bundled.index,
-        encoder=bundled.encoder,
-        rmvpe=bundled.rmvpe,
+        small_models.voice,
+        small_models.index,
+        encoder=small_models.encoder,
+        rmvpe=small_models.rmvpe,
         device="cpu",
         precision="f32",
     )

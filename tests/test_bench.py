@@ -38,7 +38,9 @@ def test_environment_names_no_host_and_no_path():
     assert "/" not in text.replace("x86_64", "")
 
 
-@pytest.mark.parametrize(("seconds", "runs"), [(0.0, 1), (1.0, 0)])
+@pytest.mark.parametrize(
+    ("seconds", "runs"), [(0.0, 1), (1.0, 0), (float("nan"), 1), (float("inf"), 1)]
+)
 def test_impossible_numbers_are_refused(seconds, runs):
     with pytest.raises(ValueError, match="expected"):
         bench.run_benchmark(bench.BenchFiles(), seconds, runs, "auto", "auto")
@@ -51,8 +53,14 @@ def test_command_writes_a_report(tmp_path, capsys):
     assert "x realtime" in capsys.readouterr().out
     report = json.loads(target.read_text())
     assert report["precision"] == "f32"
-    assert report["first_run_s"] > 0
+    assert report["device"].startswith("CPU (")
+    assert "OpenVINO" in report["device"]
+    assert 0 < report["compile_s"] < report["first_run_s"]
+    assert report["rtf"] == pytest.approx(report["warm"]["median_s"] / 0.5)
+    assert report["rtf"] * report["realtime_factor"] == pytest.approx(1.0)
     assert report["peak_memory_bytes"] > 1 << 20
     assert {"pitch", "content", "vocoder"} <= report["stages_s"].keys()
     assert main([*words, "-o", str(target)]) == 1
     assert "--force" in capsys.readouterr().err
+    assert main([*words, "-o", str(tmp_path / "none" / "bench.json")]) == 1
+    assert "no such folder" in capsys.readouterr().err

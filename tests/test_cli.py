@@ -27,7 +27,7 @@ from tools import make_test_models as maker
 from tools.random_weights import random_voice
 
 ROOT = Path(__file__).parents[1]
-RATE = 32000  # of the bundled voice, Hz
+RATE = 32000  # of the small voice, Hz
 COMMANDS = ("convert", "info", "convert-model", "download", "doctor", "bench", "demo")
 
 
@@ -58,18 +58,18 @@ def run(capsys):
 
 
 @pytest.fixture(scope="session")
-def models(bundled):
-    """Words that name the bundled models."""
+def models(small_models):
+    """Words that name the small models."""
     return [
-        *("--voice", bundled.voice, "--index", bundled.index),
-        *("--encoder", bundled.encoder, "--rmvpe", bundled.rmvpe),
+        *("--voice", small_models.voice, "--index", small_models.index),
+        *("--encoder", small_models.encoder, "--rmvpe", small_models.rmvpe),
         *("--device", "cpu", "--precision", "f32"),
     ]
 
 
 @pytest.fixture(autouse=True)
 def _loaded_once(monkeypatch, models, small_converter):
-    """The bundled models are not read again by every command."""
+    """The small models are not read again by every command."""
     words = list(map(str, models))
 
     def load(voice, index, **others):
@@ -282,8 +282,8 @@ def test_index_of_the_wrong_width(run, models, clip, tmp_path, rng):
     assert names(tmp_path) == ["clip.wav", "v2.index"]
 
 
-def test_index_that_is_a_voice(run, models, clip, bundled, tmp_path):
-    words = with_option(models, "--index", bundled.voice)
+def test_index_that_is_a_voice(run, models, clip, small_models, tmp_path):
+    words = with_option(models, "--index", small_models.voice)
     result = run("convert", clip, "-o", tmp_path / "out.wav", *words)
     assert result.code == 1
     assert len(result.err) == 1
@@ -303,8 +303,8 @@ def test_speaker_that_the_voice_does_not_have(run, models, clip, tmp_path):
     refused(result, "has speakers 0 to 3")
 
 
-def test_encoder_is_needed(run, clip, bundled, tmp_path):
-    result = run("convert", clip, "-o", tmp_path / "out.wav", "-v", bundled.voice)
+def test_encoder_is_needed(run, clip, small_models, tmp_path):
+    result = run("convert", clip, "-o", tmp_path / "out.wav", "-v", small_models.voice)
     refused(result, "rvc-mlx download contentvec")
 
 
@@ -530,7 +530,7 @@ def test_interrupt_leaves_nothing(models, speech, tmp_path, number):
 
 
 def test_interrupt_a_library_turns_into_an_error(
-    models, bundled, tmp_path, monkeypatch, capsys
+    models, small_models, tmp_path, monkeypatch, capsys
 ):
     def convert(*arguments, **options):
         try:
@@ -541,7 +541,7 @@ def test_interrupt_a_library_turns_into_an_error(
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
     monkeypatch.setattr("rvc_mlx.pipeline.load", convert)
     try:
-        words = ["convert", bundled.speech, "-o", tmp_path / "b.wav", *models]
+        words = ["convert", small_models.speech, "-o", tmp_path / "b.wav", *models]
         assert main([str(word) for word in words]) == 130
     finally:
         for number, handler in before.items():
@@ -645,7 +645,7 @@ def test_without_options_the_defaults_hold(run, seen, clip, tmp_path):
     assert run(*words, "--index-path", "").code == 0
     assert seen["options"] == ConversionOptions()
     assert (seen["device"], seen["precision"]) == ("auto", "auto")
-    assert (seen["index"], seen["subtype"]) == (None, None)
+    assert (seen["index"], seen["subtype"]) == ("", None)
 
 
 # Help -------------------------------------------------------------------------------
@@ -709,9 +709,9 @@ def training(tmp_path_factory):
     return folder
 
 
-def test_info_of_every_kind(run, bundled, training):
+def test_info_of_every_kind(run, small_models, training):
     expected = {
-        bundled.voice: {
+        small_models.voice: {
             "kind": "voice",
             "version": "v1 (256-wide features)",
             "sample rate": "32000 Hz",
@@ -720,10 +720,13 @@ def test_info_of_every_kind(run, bundled, training):
             "speakers": 4,
             "types": "float16",
         },
-        bundled.encoder: {"kind": "contentvec", "tensors": 213},
-        bundled.encoder / "pytorch_model.bin": {"kind": "contentvec", "tensors": 213},
-        bundled.rmvpe: {"kind": "rmvpe"},
-        bundled.index: {"kind": "retrieval index", "width": 256, "vectors": 125},
+        small_models.encoder: {"kind": "contentvec", "tensors": 213},
+        small_models.encoder / "pytorch_model.bin": {
+            "kind": "contentvec",
+            "tensors": 213,
+        },
+        small_models.rmvpe: {"kind": "rmvpe"},
+        small_models.index: {"kind": "retrieval index", "width": 256, "vectors": 125},
         training / "G_20.pth": {
             "kind": "training checkpoint of a voice",
             "sample rate": "32000 Hz",
@@ -746,8 +749,8 @@ def test_info_of_every_kind(run, bundled, training):
 
 
 @pytest.mark.parametrize("name", ["speech.flac", "", "no.pth", "no.index"])
-def test_info_of_no_model(run, bundled, name):
-    result = run("info", bundled.folder / name)
+def test_info_of_no_model(run, small_models, name):
+    result = run("info", small_models.folder / name)
     assert result.code == 1
     assert len(result.err) == 1
 
@@ -755,21 +758,23 @@ def test_info_of_no_model(run, bundled, name):
 # convert-model ----------------------------------------------------------------------
 
 
-def load_parts(bundled, **parts):
-    named = {"encoder": bundled.encoder, "rmvpe": bundled.rmvpe, **parts}
-    voice = named.pop("voice", bundled.voice)
-    return rvc_mlx.load(voice, bundled.index, device="cpu", precision="f32", **named)
+def load_parts(small_models, **parts):
+    named = {"encoder": small_models.encoder, "rmvpe": small_models.rmvpe, **parts}
+    voice = named.pop("voice", small_models.voice)
+    return rvc_mlx.load(
+        voice, small_models.index, device="cpu", precision="f32", **named
+    )
 
 
 @pytest.mark.parametrize(
     ("suffix", "words"), [(".npz", []), (".safetensors", ["--half"])]
 )
 def test_converted_models_give_the_same_audio(
-    run, bundled, small_converter, speech, tmp_path, suffix, words
+    run, small_models, small_converter, speech, tmp_path, suffix, words
 ):
     parts = {}
     for name, kind in (("voice", "voice"), ("encoder", "contentvec"), ("rmvpe",) * 2):
-        source = getattr(bundled, name)
+        source = getattr(small_models, name)
         parts[name] = tmp_path / f"{name}{suffix}"
         result = run("convert-model", source, parts[name], *words)
         assert (result.code, result.err) == (0, [])
@@ -780,7 +785,7 @@ def test_converted_models_give_the_same_audio(
         assert ("float16" in facts["types"]) == bool(words)
         assert ("float32" in facts["types"]) != bool(words)
     audio = speech[8000:16000]
-    found = load_parts(bundled, **parts).convert(audio, 16000).audio
+    found = load_parts(small_models, **parts).convert(audio, 16000).audio
     expected = small_converter.convert(audio, 16000).audio
     if words:  # folded weights, rounded to 11 bits: measured 69 dB
         assert np.square(found - expected).mean() < 1e-5 * np.square(expected).mean()
@@ -788,11 +793,11 @@ def test_converted_models_give_the_same_audio(
         assert np.abs(found - expected).max() < 1e-6
 
 
-def test_both_formats_hold_the_same(run, bundled, tmp_path):
+def test_both_formats_hold_the_same(run, small_models, tmp_path):
     for kind in ("voice", "encoder", "rmvpe"):
         paths = [tmp_path / f"{kind}{suffix}" for suffix in (".npz", ".safetensors")]
         for path in paths:
-            assert run("convert-model", getattr(bundled, kind), path).code == 0
+            assert run("convert-model", getattr(small_models, kind), path).code == 0
         one, other = map(read_checkpoint, paths)
         assert one.metadata == other.metadata
         assert one.tensors.keys() == other.tensors.keys()
@@ -801,7 +806,9 @@ def test_both_formats_hold_the_same(run, bundled, tmp_path):
             assert value.dtype == other.tensors[name].dtype
 
 
-def test_training_checkpoint_is_extracted(run, models, training, bundled, clip, speech):
+def test_training_checkpoint_is_extracted(
+    run, models, training, small_models, clip, speech
+):
     target = clip.with_name("voice.npz")
     words = with_option(models, "--voice", training / "G_20.pth")
     result = run("convert", clip, "-o", clip.with_name("out.wav"), *words)
@@ -811,26 +818,30 @@ def test_training_checkpoint_is_extracted(run, models, training, bundled, clip, 
     assert facts["kind"] == "voice"
     assert facts["speakers"] == 4
     found, expected = (
-        load_parts(bundled, voice=voice).convert(speech[8000:14400], 16000).audio
+        load_parts(small_models, voice=voice).convert(speech[8000:14400], 16000).audio
         for voice in (target, training / "voice.pth")
     )
     assert np.abs(found - expected).max() < 1e-6
 
 
-def test_convert_model_refuses(run, bundled, tmp_path):
+def test_convert_model_refuses(run, small_models, tmp_path):
     target = tmp_path / "out.npz"
-    refused(run("convert-model", bundled.index, target), "this is a retrieval index")
-    refused(run("convert-model", bundled.folder, target), "a folder was given")
+    refused(
+        run("convert-model", small_models.index, target), "this is a retrieval index"
+    )
+    refused(run("convert-model", small_models.folder, target), "a folder was given")
     refused(run("convert-model", tmp_path / "no.pth", target), "there is no such file")
     wrong = tmp_path / "out.txt"
-    refused(run("convert-model", bundled.voice, wrong), ".safetensors or .npz, not")
+    refused(
+        run("convert-model", small_models.voice, wrong), ".safetensors or .npz, not"
+    )
     nowhere = tmp_path / "no" / "out.npz"
-    assert run("convert-model", bundled.voice, nowhere).code == 1
+    assert run("convert-model", small_models.voice, nowhere).code == 1
     assert names(tmp_path) == []
     target.write_bytes(b"old")
-    refused(run("convert-model", bundled.voice, target), "pass --force")
+    refused(run("convert-model", small_models.voice, target), "pass --force")
     assert target.read_bytes() == b"old"
-    assert run("convert-model", bundled.voice, target, "--force").code == 0
+    assert run("convert-model", small_models.voice, target, "--force").code == 0
     assert names(tmp_path) == ["out.npz"]
 
 
@@ -838,7 +849,7 @@ def test_convert_model_refuses(run, bundled, tmp_path):
     ("tool", "kind"),
     [("rvc_model", "voice"), ("hubert", "encoder"), ("rmvpe", "rmvpe")],
 )
-def test_tools(bundled, tmp_path, monkeypatch, capsys, tool, kind):
+def test_tools(small_models, tmp_path, monkeypatch, capsys, tool, kind):
     script = ROOT / "tools" / f"convert_{tool}.py"
 
     def run_tool(source, target):
@@ -848,10 +859,10 @@ def test_tools(bundled, tmp_path, monkeypatch, capsys, tool, kind):
         return stop.value.code, *capsys.readouterr()
 
     target = tmp_path / "out.safetensors"
-    code, out, err = run_tool(getattr(bundled, kind), target)
+    code, out, err = run_tool(getattr(small_models, kind), target)
     assert (code, err) == (0, "")
     assert str(target) in out
-    other = bundled.rmvpe if kind == "voice" else bundled.voice
+    other = small_models.rmvpe if kind == "voice" else small_models.voice
     code, out, err = run_tool(other, tmp_path / "other.safetensors")
     assert code == 1
     assert err.startswith(f"convert_{tool}.py: {other}: this is")
@@ -859,7 +870,7 @@ def test_tools(bundled, tmp_path, monkeypatch, capsys, tool, kind):
     assert names(tmp_path) == ["out.safetensors"]
 
 
-# doctor, demo, download ---------------------------------------------------------------
+# doctor, download ---------------------------------------------------------------------
 
 
 def test_doctor(run):
@@ -867,29 +878,21 @@ def test_doctor(run):
     result = run(*words, "--json")
     assert (result.code, result.err) == (0, [])
     facts = json.loads(result.text)
-    assert set(facts) == {"versions", "device", "weights", "self-test"}
+    sections = {"versions", "device", "bundled models", "weights", "self-test"}
+    assert set(facts) == sections
     assert facts["device"]["precision"] == "f32"
     assert facts["device"]["used"].startswith("CPU")
     assert set(facts["weights"]) == {"folder", *PUBLIC_WEIGHTS}
+    assert all("sha256" in told for told in facts["bundled models"].values())
     checks = ("length", "finite", "audible", "repeatable")
     assert all(facts["self-test"][name] == "ok" for name in checks)
     plain = run(*words)
     assert plain.code == 0
-    assert {"versions", "device", "weights", "self-test"} <= set(plain.out)
+    assert sections <= set(plain.out)
 
 
-def test_demo(run, tmp_path):
-    target = tmp_path / "demo.wav"
-    words = ["demo", "-o", target, "--device", "cpu", "--precision", "f32"]
-    result = run(*words)
-    assert (result.code, result.err) == (0, [])
-    assert "untrained" in result.out[0]
-    assert soundfile.info(target).duration == pytest.approx(4.62)
-    refused(run(*words), "pass --force")
-
-
-def test_download_from_a_folder(run, bundled, models, clip, home, monkeypatch):
-    content = bundled.rmvpe.read_bytes()
+def test_download_from_a_folder(run, small_models, models, clip, home, monkeypatch):
+    content = small_models.rmvpe.read_bytes()
     file = WeightFile("rmvpe.pt", len(content), hashlib.sha256(content).hexdigest())
     monkeypatch.setitem(PUBLIC_WEIGHTS, "rmvpe", Weights("nobody/nothing", (file,)))
     new_home = clip.with_name("home")
@@ -900,21 +903,21 @@ def test_download_from_a_folder(run, bundled, models, clip, home, monkeypatch):
     copies.mkdir()
     result = run("download", "--from-dir", copies)
     refused(result, "has no pytorch_model.bin")
-    shutil.copytree(bundled.encoder, copies / "contentvec")
-    shutil.copy(bundled.rmvpe, copies)
+    shutil.copytree(small_models.encoder, copies / "contentvec")
+    shutil.copy(small_models.rmvpe, copies)
     result = run("download", "--from-dir", copies)
     assert (result.code, result.err) == (0, [])
     assert result.out == [
         f"contentvec: {new_home / 'contentvec' / 'pytorch_model.bin'}",
         f"rmvpe: {new_home / 'rmvpe' / 'rmvpe.pt'}",
     ]
-    words = ["-v", bundled.voice, "--device", "cpu", "--precision", "f32"]
+    words = ["-v", small_models.voice, "--device", "cpu", "--precision", "f32"]
     assert run("convert", clip, "-o", clip.with_name("out.wav"), *words).code == 0
 
 
-def test_download_refuses(run, bundled, tmp_path, monkeypatch):
+def test_download_refuses(run, small_models, tmp_path, monkeypatch):
     monkeypatch.setenv("RVC_MLX_HOME", str(tmp_path))
     refused(run("download", "whisper"), "no weights are named 'whisper'")
-    result = run("download", "rmvpe", "--from-dir", bundled.folder)
+    result = run("download", "rmvpe", "--from-dir", small_models.folder)
     refused(result, "781007 bytes but rmvpe.pt has 181184272")
     assert names(tmp_path) == []

@@ -1,6 +1,7 @@
 """Judges of conversions against cases whose answer is known."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import judge_sound
 import judge_speaker
 import judge_words
 import judges
+import make_anchors
 from judging import Case, Judge, Missing, NoReadingError, Recording, mean_values
 
 from rvc_mlx.audio_io import save_audio
@@ -72,6 +74,15 @@ def heard(speech) -> str:
 
 
 # Pitch
+
+
+@needs("f0")
+def test_what_is_too_faint_to_hear_has_no_pitch():
+    sound = sung()
+    faint = np.concatenate([sound, 1e-3 * sound])
+    first, second = np.split(judge_pitch.track(faint).voiced, [len(sound) // 256])
+    assert first.mean() > 0.5
+    assert not second.any()
 
 
 @needs("f0")
@@ -312,7 +323,16 @@ def test_only_clicks_that_the_source_lacks_are_new():
     assert (found["new_clicks"], found["new_at"]) == (1, [3.0])
     found = judge_sound.CLICKS.verdict(Case(np.empty(0), np.array([0.5])))
     assert found["new_clicks"] == 1
+    assert found["clicks_at_joins"] == 1  # where the joins are not known
     assert judge_sound.CLICKS.summarize([found, found])["new_clicks"] == 2
+
+
+def test_clicks_at_joins_are_told_from_others():
+    case = Case(np.array([1.0]), np.array([1.0, 2.004, 3.1]), joins=(1.0, 2.0, 3.0))
+    found = judge_sound.CLICKS.verdict(case)
+    assert (found["joins"], found["new_clicks"], found["clicks_at_joins"]) == (3, 2, 1)
+    found = judge_sound.CLICKS.verdict(Case(np.empty(0), np.array([2.0]), joins=()))
+    assert (found["new_clicks"], found["clicks_at_joins"]) == (1, 0)
 
 
 @pytest.mark.parametrize("rate", [16000, 44100, 48000])
@@ -422,19 +442,21 @@ def test_options_of_the_conversion():
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_conversions_made_before_are_judged(workers, bundled, clip, tmp_path, capsys):
+def test_conversions_made_before_are_judged(
+    workers, small_models, clip, tmp_path, capsys
+):
     made = tmp_path / "copy"
     made.mkdir()
-    shutil.copy(bundled.speech, made / "speech.flac")
+    shutil.copy(small_models.speech, made / "speech.flac")
     broken = tmp_path / "broken"
     broken.mkdir()
     clip[32000] += 0.5
     save_audio(broken / "speech.wav", clip, RATE, "FLOAT")
-    words = [str(bundled.speech), "--converted", str(made), str(broken), "--check"]
+    words = [str(small_models.speech), "--converted", str(made), str(broken), "--check"]
     words += ["--judges", "loudness,clicks", "--workers", str(workers)]
     words += ["--output", str(tmp_path / "out"), "--label", "trial"]
     assert evaluate_conversion.main(words) == 1  # a goal is missed
-    assert "MISSED: broken: clicks added is 1" in capsys.readouterr().out
+    assert "MISSED: broken: clicks added at joins is 1" in capsys.readouterr().out
     facts = json.loads((tmp_path / "out" / "trial.json").read_text())
     first, second = facts["voices"]
     assert first["summary"]["clicks"]["new_clicks"] == 0
@@ -442,22 +464,34 @@ def test_conversions_made_before_are_judged(workers, bundled, clip, tmp_path, ca
     assert second["clips"][0]["judged"]["clicks"]["new_at"] == [2.0]
     assert len(facts["sources"][0]["sha256"]) == 64
     assert facts["environment"]["versions"]["mlx"]
-    assert "clicks added" in (tmp_path / "out" / "trial.md").read_text()
+    report = (tmp_path / "out" / "trial.md").read_text()
+    assert re.search(r"broken +\| clicks added at joins.*\| 1 of 1 +\| missed", report)
     picture = (tmp_path / "out" / "trial.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20000
 
 
-def test_a_voice_is_converted_and_judged(bundled, tmp_path, capsys):
-    words = [str(bundled.speech), "--voices", str(bundled.voice), "--pitch", "3"]
-    words += ["--index", str(bundled.index), "--encoder", str(bundled.encoder)]
-    words += ["--rmvpe", str(bundled.rmvpe), "--device", "cpu", "--pictured", "0"]
+def test_a_voice_is_converted_and_judged(small_models, tmp_path, capsys):
+    words = [
+        str(small_models.speech),
+        "--voices",
+        str(small_models.voice),
+        "--pitch",
+        "3",
+    ]
+    words += [
+        "--index",
+        str(small_models.index),
+        "--encoder",
+        str(small_models.encoder),
+    ]
+    words += ["--rmvpe", str(small_models.rmvpe), "--device", "cpu", "--pictured", "0"]
     words += ["--judges", "loudness", "--audio", str(tmp_path / "made")]
     words += ["--output", str(tmp_path), "--option", "index_rate=0.5"]
     assert evaluate_conversion.main(words) == 0
     facts = json.loads((tmp_path / "conversion.json").read_text())
     [voice] = facts["voices"]
-    assert voice["files"]["voice"]["file"] == bundled.voice.name
+    assert voice["files"]["voice"]["file"] == small_models.voice.name
     assert voice["clips"][0]["semitones"] == 3
     assert voice["clips"][0]["conversion_s"] > 0
     assert facts["options"] == {"index_rate": 0.5}
@@ -465,8 +499,14 @@ def test_a_voice_is_converted_and_judged(bundled, tmp_path, capsys):
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_source_without_conversion_is_an_error(bundled, tmp_path, capsys):
-    words = [str(bundled.speech), "--converted", str(tmp_path), "--judges", "clicks"]
+def test_a_source_without_conversion_is_an_error(small_models, tmp_path, capsys):
+    words = [
+        str(small_models.speech),
+        "--converted",
+        str(tmp_path),
+        "--judges",
+        "clicks",
+    ]
     assert evaluate_conversion.main(words) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -477,9 +517,35 @@ def test_goals():
     shown = evaluation_report.Shown("f0", "rpa", "RPA", ">=", 95)
     assert shown.verdict(95.0) == "met"
     assert shown.verdict(94.9) == "missed"
-    assert shown.verdict(None) == ""
-    voices = [{"name": "v", "summary": {"f0": {"rpa": 90.0}}, "clips": []}]
+    assert shown.verdict(None) == "not measured"
+    assert evaluation_report.Shown("f0", "rpa", "RPA").verdict(90.0) == ""
+    clips = [{"judged": {"f0": row}} for row in ({"rpa": 90.0}, {"note": "silence"})]
+    voices = [{"name": "v", "summary": {"f0": {"rpa": 90.0}}, "clips": clips}]
     assert evaluation_report.missed_goals(voices) == [
         "v: F0 within 50 cents, % is 90, the goal is >= 95"
     ]
     assert "90 missed" in evaluation_report.summary_table(voices)
+    [line] = evaluation_report.goals_table(voices).splitlines()[2:]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    label = "F0 within 50 cents, %"
+    assert cells == ["v", label, ">= 95", "90", "1 of 2", "missed"]
+
+
+def test_a_goal_without_a_figure_is_missed():
+    voices = [{"name": "v", "summary": {"words": {"word_drift": 3.0}}, "clips": []}]
+    assert evaluation_report.missed_goals(voices) == [
+        "v: character error added, points is -, the goal is <= 12"
+    ]
+
+
+def test_anchors_have_the_noise_they_are_named_after(clip):
+    made = make_anchors.damaged(clip, seed=3)
+    assert np.array_equal(made["0 source itself"], clip)
+    for number, snr in ((1, 20), (2, 10), (3, 0)):
+        noisy = made[f"{number} noise {snr} dB"].astype(np.float64)
+        scale = (noisy @ clip) / (clip @ clip)
+        noise = noisy / scale - clip
+        ratio = np.square(clip).mean() / np.square(noise).mean()
+        assert 10 * np.log10(ratio) == pytest.approx(snr, abs=0.3)
+        assert np.abs(noisy).max() <= 0.9901
+    assert abs(np.corrcoef(made["4 noise alone"], clip)[0, 1]) < 0.05

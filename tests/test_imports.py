@@ -21,7 +21,7 @@ PACKAGE = ROOT / "rvc_mlx"
 ORDER = [
     *("version", "arrays", "machine", "spool", "audio", "ffmpeg_decoders", "decoders"),
     *("output_format", "audio_io", "loudness", "spectral"),
-    *("formats", "checkpoint", "download"),
+    *("formats", "checkpoint", "download", "bundled_models"),
     *(
         "models",
         "noise",
@@ -101,7 +101,7 @@ def test_names_of_the_package_are_lazy_but_there():
         _ = rvc_mlx.loud
 
 
-def test_conversion_needs_no_torch(home, bundled):
+def test_conversion_needs_no_torch(home, small_models):
     """A whole conversion, in an interpreter that cannot import it."""
     found = modules_after(f"""if True:
         import sys
@@ -114,8 +114,8 @@ def test_conversion_needs_no_torch(home, bundled):
         sys.meta_path.insert(0, Without())
         import numpy as np, rvc_mlx
         converter = rvc_mlx.load(
-            {str(bundled.voice)!r}, {str(bundled.index)!r},
-            encoder={str(bundled.encoder)!r}, rmvpe={str(bundled.rmvpe)!r},
+            {str(small_models.voice)!r}, {str(small_models.index)!r},
+            encoder={str(small_models.encoder)!r}, rmvpe={str(small_models.rmvpe)!r},
             device="cpu", precision="f32",
         )
         audio = np.sin(np.arange(4000, dtype=np.float32) / 20)
@@ -193,10 +193,10 @@ def test_wheel_holds_the_package_and_its_data():
         assert not any("torch" in line for line in extras[name])
 
 
-def test_bundled_data_is_not_ignored(bundled):
+def test_bundled_data_is_not_ignored():
     """Hatch leaves out of a wheel what git ignores."""
-    files = [path for path in bundled.folder.rglob("*") if path.is_file()]
-    assert len(files) >= 6
+    files = [path for path in (PACKAGE / "bundled").rglob("*") if path.is_file()]
+    assert len(files) == 7
     patterns = (ROOT / ".gitignore").read_text().split()
     for file in files:
         relative = file.relative_to(ROOT)
@@ -226,4 +226,8 @@ def test_built_wheel(tmp_path):
     }
     assert {name for name in inside if ".dist-info/" not in name} == expected
     assert "rvc_mlx/py.typed" in inside
-    assert "rvc_mlx/bundled/contentvec/pytorch_model.bin" in inside
+    models = {name for name in inside if name.startswith("rvc_mlx/bundled/")}
+    assert {name.rsplit("/", 1)[1] for name in models} == {
+        *("contentvec.safetensors", "rmvpe.safetensors", "speech.flac"),
+        *("slt.safetensors", "slt.index", "rms.safetensors", "rms.index"),
+    }

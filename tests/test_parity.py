@@ -119,8 +119,7 @@ def engine(tmp_path_factory):
 @pytest.fixture(scope="module")
 def clip() -> np.ndarray:
     """Five seconds of speech at 16 kHz."""
-    bundled = Path(__file__).parents[1] / "rvc_mlx" / "bundled"
-    speech = load_audio(bundled / "speech.flac")
+    speech = load_audio(Path(__file__).parent / "small_models" / "speech.flac")
     return np.tile(speech, 2)[: SECONDS * 16000]
 
 

@@ -1,6 +1,6 @@
 """The whole conversion: lengths, agreement with the reference, repeatability, errors.
 
-Everything runs on the bundled models (real networks, few channels, random weights).
+Everything runs on the small models (real networks, few channels, random weights).
 """
 
 import copy
@@ -8,7 +8,6 @@ import copy
 import numpy as np
 import pytest
 import soundfile
-import torch
 
 import rvc_mlx
 from rvc_mlx import ConversionOptions, pitch
@@ -25,23 +24,16 @@ from rvc_reference.noise import ZeroNoise
 from tools import make_test_models as maker
 from tools.random_weights import synthetic_speech
 
-RATE = 32000  # of the bundled voice, Hz
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
+RATE = 32000  # of the small voice, Hz
 SEGMENTS = {"x_query": 1, "x_center": 2, "x_max": 3}  # seconds: cuts about 2, 4, ... s
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """In networks this small, threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def reference(bundled):
+def reference(small_models):
     return reference_pipeline.load_reference(
-        bundled.voice, bundled.encoder, bundled.rmvpe, bundled.index
+        small_models.voice, small_models.encoder, small_models.rmvpe, small_models.index
     )
 
 
@@ -54,7 +46,7 @@ def talk():
 
 
 def write_voice(path, **kind):
-    """A voice of the bundled one's size."""
+    """A voice of the small one's size."""
     spec = maker.VoiceFile(**{"version": "v1", "khz": 32, "speakers": 4, **kind})
     maker.write_voice("test", spec, maker.SMALL_VOICE, path, 1)
     return path
@@ -230,10 +222,10 @@ def test_reference_lengths_of_ten_milliseconds_are_refused(small_converter, spee
 
 
 def test_voice_without_f0_equals_the_reference(
-    plain_converter, plain_voice, bundled, talk
+    plain_converter, plain_voice, small_models, talk
 ):
     reference = reference_pipeline.load_reference(
-        plain_voice, bundled.encoder, None, bundled.index
+        plain_voice, small_models.encoder, None, small_models.index
     )
     compare(plain_converter, reference, talk[:20000], index_rate=0.5)
 
@@ -305,10 +297,10 @@ def test_same_seed_same_bits(small_converter, speech):
     assert rms(first.audio - other.audio) > 1e-3
 
 
-def test_vocoder_window_does_not_matter(small_converter, bundled, speech):
+def test_vocoder_window_does_not_matter(small_converter, small_models, speech):
     engine = OpenVINOEngine("f32", None)
     engine.window_frames = 37
-    voice = Voice(read_weights(bundled.voice, "voice"), engine)
+    voice = Voice(read_weights(small_models.voice, "voice"), engine)
     assert voice.window != small_converter.voice.window
     other = copy.copy(small_converter)
     other.voice = voice
@@ -549,6 +541,24 @@ def test_progress_rises_to_the_total(small_converter, talk, tmp_path, lengths):
     assert all(seconds >= 0 for seconds in report.stages.values())
 
 
+def test_joins_of_windows_and_segments_are_reported(small_converter, talk, tmp_path):
+    soundfile.write(tmp_path / "in.wav", talk[:56000], 16000)
+    voice = small_converter.voice
+    window = (voice.window - 2 * voice.context) / 100
+
+    def joins(**options):
+        wanted = ConversionOptions(**options)
+        files = tmp_path / "in.wav", tmp_path / "out.wav"
+        return small_converter.convert_file(*files, wanted).joins
+
+    whole = [i * window for i in range(1, int(3.5 / window) + 1)]
+    assert joins() == pytest.approx(whole)
+    cut = joins(**SEGMENTS)
+    assert set(np.round(cut, 2)) - set(np.round(whole, 2))
+    assert (np.diff([0, *cut, 3.5]) > 0).all()
+    assert (np.diff([0, *cut, 3.5]) < window + 0.005).all()
+
+
 # Errors -----------------------------------------------------------------------------
 
 
@@ -634,7 +644,7 @@ def test_options_are_checked(options, message):
 
 
 def test_parts_that_do_not_fit_are_refused(
-    home, bundled, small_converter, tmp_path, plain_voice
+    home, small_models, small_converter, tmp_path, plain_voice
 ):
     engine = OpenVINOEngine("f32", home / "compiled")
     wide = Voice(
@@ -655,23 +665,27 @@ def test_parts_that_do_not_fit_are_refused(
         VoiceConverter(small_converter.voice, encoder, net, index, engine)
 
 
-def test_wrong_kinds_of_files_are_told_apart(bundled):
-    pieces = {"encoder": bundled.encoder, "rmvpe": bundled.rmvpe, "device": "cpu"}
+def test_wrong_kinds_of_files_are_told_apart(small_models):
+    pieces = {
+        "encoder": small_models.encoder,
+        "rmvpe": small_models.rmvpe,
+        "device": "cpu",
+    }
     with pytest.raises(ValueError, match="this is an RMVPE pitch network; expected an"):
-        rvc_mlx.load(bundled.rmvpe, **pieces)
+        rvc_mlx.load(small_models.rmvpe, **pieces)
     with pytest.raises(ValueError, match="expected an RMVPE pitch network"):
-        rvc_mlx.load(bundled.voice, **{**pieces, "rmvpe": bundled.voice})
+        rvc_mlx.load(small_models.voice, **{**pieces, "rmvpe": small_models.voice})
     with pytest.raises(ValueError, match="expected a HuBERT / ContentVec encoder"):
-        rvc_mlx.load(bundled.voice, **{**pieces, "encoder": bundled.rmvpe})
+        rvc_mlx.load(small_models.voice, **{**pieces, "encoder": small_models.rmvpe})
     with pytest.raises(IsADirectoryError, match="a folder was given"):
-        rvc_mlx.load(bundled.voice, **{**pieces, "rmvpe": bundled.encoder})
+        rvc_mlx.load(small_models.voice, **{**pieces, "rmvpe": small_models.encoder})
 
 
-def test_missing_weights_say_how_to_get_them(bundled):
+def test_missing_weights_say_how_to_get_them(small_models):
     with pytest.raises(FileNotFoundError, match="rvc-mlx download contentvec"):
-        rvc_mlx.load(bundled.voice, rmvpe=bundled.rmvpe, device="cpu")
+        rvc_mlx.load(small_models.voice, rmvpe=small_models.rmvpe, device="cpu")
     with pytest.raises(FileNotFoundError, match="rvc-mlx download rmvpe"):
-        rvc_mlx.load(bundled.voice, encoder=bundled.encoder, device="cpu")
+        rvc_mlx.load(small_models.voice, encoder=small_models.encoder, device="cpu")
 
 
 def test_failed_conversion_leaves_the_old_file(small_converter, speech, tmp_path):
@@ -689,12 +703,14 @@ def test_failed_conversion_leaves_the_old_file(small_converter, speech, tmp_path
 
 
 @pytest.mark.parametrize("content", [b"", b"\0" * 5000, None])
-def test_damaged_compiled_model_is_made_again(bundled, tmp_path, rng, caplog, content):
+def test_damaged_compiled_model_is_made_again(
+    small_models, tmp_path, rng, caplog, content
+):
     mel = rng.standard_normal((1, 64, 128)).astype(np.float32)
 
     def salience():
         engine = OpenVINOEngine("f32", tmp_path)
-        return PitchNet(read_weights(bundled.rmvpe, "rmvpe"), engine).salience(mel)
+        return PitchNet(read_weights(small_models.rmvpe, "rmvpe"), engine).salience(mel)
 
     expected = salience()
     [blob] = tmp_path.iterdir()
@@ -708,14 +724,14 @@ def test_damaged_compiled_model_is_made_again(bundled, tmp_path, rng, caplog, co
     assert not caplog.text
 
 
-def test_mlx_engine_equals_openvino(small_converter, bundled, speech):
+def test_mlx_engine_equals_openvino(small_converter, small_models, speech):
     """MLX's own CPU back end, slow as it is, computes what OpenVINO computes."""
     engine = choose_engine("mlx-cpu", "f32")
     engine.window_frames = 32
     converter = VoiceConverter(
-        Voice(read_weights(bundled.voice, "voice"), engine),
-        Encoder(read_weights(bundled.encoder, "contentvec"), engine),
-        PitchNet(read_weights(bundled.rmvpe, "rmvpe"), engine),
+        Voice(read_weights(small_models.voice, "voice"), engine),
+        Encoder(read_weights(small_models.encoder, "contentvec"), engine),
+        PitchNet(read_weights(small_models.rmvpe, "rmvpe"), engine),
         small_converter.index,
         engine,
     )

@@ -69,9 +69,9 @@ def test_families(name, expected):
     assert family(name) == expected
 
 
-def test_a_stage_is_profiled_on_what_it_was_given(bundled, monkeypatch):
+def test_a_stage_is_profiled_on_what_it_was_given(small_models, monkeypatch):
     engine = profile_gpu.RecordingEngine(MLXEngine(mx.Device(mx.cpu), "f32"))
-    net = PitchNet(read_weights(bundled.rmvpe, "rmvpe"), engine)
+    net = PitchNet(read_weights(small_models.rmvpe, "rmvpe"), engine)
     mel = np.zeros((1, 64, net.config.n_mels), np.float32)
     net.salience(mel)
     [stage] = [one for one in engine.recorded if one.given]

@@ -63,7 +63,8 @@ from recipes.pitch_training import (
 )
 from recipes.pitch_training import prepare as prepare_pitch
 from recipes.running import Watch, on_device, run
-from rvc_mlx.loading import read_weights
+from rvc_mlx.engine import choose_engine
+from rvc_mlx.loading import Encoder, read_weights
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
 from rvc_mlx.models.layers import load_strictly
 from rvc_mlx.models.rmvpe import GRU, RMVPE, RMVPEConfig
@@ -81,6 +82,7 @@ TINY_CONTENT = ContentVecConfig(
     pos_conv_groups=2,
     final_proj_size=0,
     bottleneck_size=12,
+    centred=True,
 )
 TINY_PITCH = RMVPEConfig(
     base_channels=4, levels=2, blocks=1, inter_layers=1, n_mels=32, gru_size=8
@@ -417,7 +419,7 @@ def content_training(seed: int = 0, steps: int = 40) -> tuple[Training, ContentB
 
 
 def test_the_content_loss_falls(tmp_path):
-    training, batches = content_training(steps=24)
+    training, batches = content_training(steps=48)
     made = (prepare_content(batches(i), 25) for i in itertools.count())
     history = run(training, made, Watch(tmp_path / "c.safetensors", log_every=8))
     assert history[-1]["phones"] < 0.75 * history[0]["phones"]
@@ -610,6 +612,27 @@ def test_an_exported_pitch_network_loads_as_a_public_one(tmp_path, rng):
     np.testing.assert_allclose(loaded(mel), net(mel), atol=2e-3)  # float16 weights
 
 
+def test_centred_features_have_no_mean_whatever_engine_and_length(tmp_path, rng):
+    mx.random.seed(4)
+    net = ContentVec(TINY_CONTENT)
+    net.eval()
+    export(tmp_path / "c.safetensors", net, "contentvec", {"num_heads": 2})
+    checkpoint = read_weights(tmp_path / "c.safetensors", "contentvec")
+    encoder = Encoder(checkpoint, choose_engine("cpu", "f32"))
+    assert encoder.config == TINY_CONTENT
+    for samples in (4000, 16000, 31333):
+        audio = rng.standard_normal(samples).astype(np.float32) / 10
+        features = encoder.encode(audio, "v2")
+        assert np.abs(features).mean() > 0.01
+        np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-5)
+        np.testing.assert_allclose(
+            features, net(mx.array(audio[None]))[0], atol=5e-3
+        )  # float16 weights
+    hidden = net.hidden_state(mx.array(audio[None]), 1)[0]
+    plain = np.array(hidden @ net.bottleneck.weight.T)
+    np.testing.assert_allclose(features, plain - plain.mean(axis=0), atol=5e-3)
+
+
 def test_weights_beyond_half_precision_are_refused(tmp_path):
     net = ContentVec(TINY_CONTENT)
     net.bottleneck.weight = net.bottleneck.weight + 1e6
@@ -638,6 +661,48 @@ def test_scores_count_each_kind_of_error():
     assert scores["octave"] == pytest.approx(1 / 3)
 
 
+def known_tones(count: int) -> list[evaluate_pitch.Known]:
+    """Sung tones of 200 Hz, one second each."""
+    t = np.arange(RATE) / RATE
+    audio = sum(0.2 / k * np.sin(2 * np.pi * 200 * k * t) for k in range(1, 9))
+    truth = np.full(RATE // 160 + 1, 200.0)
+    return [evaluate_pitch.Known(audio.astype(np.float32), truth)] * count
+
+
+def test_trackers_are_judged_alike_in_processes_and_in_noise():
+    need_world()
+    names = {"harvest": None}
+    alone, shared = (
+        evaluate_pitch.judge_all(names, known_tones(2), (np.inf, -20.0), workers)
+        for workers in (1, 2)
+    )
+    assert alone == shared
+    assert set(alone["harvest"]) == {"clean", "-20 dB"}
+    assert alone["harvest"]["clean"]["rpa"] > 0.9
+    assert alone["harvest"]["-20 dB"]["rpa"] < alone["harvest"]["clean"]["rpa"] - 0.2
+
+
+def test_the_network_s_goals_follow_from_its_scores():
+    clean = {"rpa": 0.97, "vde": 0.041, "octave": 0.01}
+    rows = evaluate_pitch.reached({"clean": clean, "5 dB": {"rpa": 0.899}}, 60)
+    verdicts = [row["verdict"] for row in rows]
+    assert verdicts == ["met", "missed", "missed", "met"]
+    assert rows[0] | {"goal": ""} == {
+        "goal": "", "target": ">= 97", "reached": 97.0, "clips": 60, "verdict": "met"
+    }  # fmt: skip
+
+
+def test_the_encoder_s_goals_take_the_worst_held_out_voice():
+    heard = {"kal": (0.5, False), "rms": (0.8, True), "awb": (0.76, True)}
+    heard |= {"ph": (0.4, True)}  # an accent
+    phones_of = {n: {"all": a, "held_out": out} for n, (a, out) in heard.items()}
+    named = {"features": 0.4, "features_mean_and_spread": 0.41}
+    rows = evaluate_content.reached(phones_of, named, 10)
+    assert [row["verdict"] for row in rows] == ["met", "met", "missed"]
+    assert rows[0]["reached"] == pytest.approx(76)
+    assert (rows[0]["speakers"], rows[0]["clips"]) == (["awb", "rms"], 20)
+
+
 @pytest.mark.parametrize("pink", [False, True])
 def test_noise_has_the_level_that_was_asked_for(rng, pink):
     x = rng.standard_normal(20000).astype(np.float32)
@@ -663,6 +728,23 @@ def test_the_speaker_probe_finds_a_leak_and_only_a_leak(rng):
 
     assert evaluate_content.speaker_probe(leaky, clips) > 0.9
     assert evaluate_content.speaker_probe(clean, clips) < 0.5
+
+
+def test_a_speaker_without_a_mean_is_found_by_the_spread(rng):
+    clips = [
+        evaluate_content.Clips(str(i), [rng.standard_normal(9) for _ in range(30)], [])
+        for i in range(4)
+    ]
+    owner = {id(x): i for i, c in enumerate(clips) for x in c.audio}
+
+    def centred(x):
+        features = (1 + owner[id(x)]) * rng.standard_normal((200, 2))
+        return features - features.mean(axis=0)
+
+    spread = evaluate_content.mean_and_spread
+    assert evaluate_content.speaker_probe(centred, clips) < 0.5
+    assert evaluate_content.speaker_probe(centred, clips, spread) > 0.9
+    assert spread(np.array([[1.0, 0], [3.0, 0]])).tolist() == [2, 0, 1, 0]
 
 
 # Commands
@@ -694,7 +776,14 @@ def test_the_content_command_trains_resumes_and_exports(tmp_path):
     assert metadata["licences_of_voices"] == "CMU permissive"
     report = tmp_path / "report.json"
     evaluate_content.main([str(out), str(tmp_path / "c"), "--report", str(report)])
-    assert set(json.loads(report.read_text())["frame_accuracy"]) == {"awb", "kal"}
+    facts = json.loads(report.read_text())
+    assert set(facts["frame_accuracy"]) == {"awb", "kal"}
+    probes = {"features", "log_mel"}
+    probes |= {f"{name}_mean_and_spread" for name in probes}
+    assert set(facts["speaker_named"]) == {*probes, "chance"}
+    assert not any(row["held_out"] for row in facts["frame_accuracy"].values())
+    assert facts["goals"][0]["verdict"] == "not measured"
+    assert len(facts["network"]["sha256"]) == 64
     again = tmp_path / "again.safetensors"
     command[2] = str(tmp_path / "other")
     more = ["--minutes", "0", "--start", str(out), "--export", str(again)]
@@ -731,7 +820,11 @@ def test_the_pitch_command_trains_and_exports(tmp_path):
             *("--only-network", "--report", str(report)),
         ]
     )
-    assert json.loads(report.read_text())["clips"] == 1
+    facts = json.loads(report.read_text())
+    assert facts["clips"] == 1
+    assert set(facts["trackers"]) == {"p.safetensors"}
+    assert [row["clips"] for row in facts["goals"]] == [1] * 4
+    assert facts["goals"][1]["verdict"] == "not measured"  # no noise was asked for
 
 
 def test_a_speaker_to_leave_out_must_exist(tmp_path):

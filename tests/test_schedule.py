@@ -33,17 +33,19 @@ class Watched:
         return self.run.start(*arrays)
 
 
-def batching_converter(bundled, batch_bytes, voice=None, index=False, index_bytes=0):
-    """The bundled models on MLX's CPU back end, with a GPU's habits."""
+def batching_converter(
+    small_models, batch_bytes, voice=None, index=False, index_bytes=0
+):
+    """The small models on MLX's CPU back end, with a GPU's habits."""
     engine = choose_engine("mlx-cpu", "f32")
     assert isinstance(engine, MLXEngine)
     engine.batch_bytes, engine._index_bytes = batch_bytes, index_bytes
     engine.window_frames, engine.window_step = 32, 16
     converter = VoiceConverter(
-        Voice(read_weights(voice or bundled.voice, "voice"), engine),
-        Encoder(read_weights(bundled.encoder, "contentvec"), engine),
-        PitchNet(read_weights(bundled.rmvpe, "rmvpe"), engine),
-        read_index(bundled.index if index is True else index) if index else None,
+        Voice(read_weights(voice or small_models.voice, "voice"), engine),
+        Encoder(read_weights(small_models.encoder, "contentvec"), engine),
+        PitchNet(read_weights(small_models.rmvpe, "rmvpe"), engine),
+        read_index(small_models.index if index is True else index) if index else None,
         engine,
     )
     converter.voice.prior = Watched(converter.voice.prior)
@@ -100,8 +102,8 @@ def check_like_alone(converter, clips, options, tolerance):
 
 
 @pytest.mark.parametrize("index", [False, True])
-def test_together_is_as_alone(bundled, clips, index):
-    converter = batching_converter(bundled, 1 << 30, index=index)
+def test_together_is_as_alone(small_models, clips, index):
+    converter = batching_converter(small_models, 1 << 30, index=index)
     options = ConversionOptions(**OPTIONS | {"index_rate": 0.5 * index, "protect": 0.2})
     largest = check_like_alone(converter, clips, options, 1e-5)
     assert largest["encode"] == largest["prior"] == 3
@@ -110,10 +112,12 @@ def test_together_is_as_alone(bundled, clips, index):
 
 
 @pytest.mark.parametrize("protect", [0.2, 0.5])
-def test_an_index_is_searched_on_the_device_as_on_the_host(bundled, clips, protect):
+def test_an_index_is_searched_on_the_device_as_on_the_host(
+    small_models, clips, protect
+):
     options = ConversionOptions(**OPTIONS | {"index_rate": 0.7, "protect": protect})
-    host = batching_converter(bundled, 1 << 30, index=True)
-    device = batching_converter(bundled, 1 << 30, index=True, index_bytes=1 << 30)
+    host = batching_converter(small_models, 1 << 30, index=True)
+    device = batching_converter(small_models, 1 << 30, index=True, index_bytes=1 << 30)
     fed = []
     start = device.voice.prior.start
     device.voice.prior.start = lambda *given: fed.append(given[0]) or start(*given)
@@ -126,33 +130,33 @@ def test_an_index_is_searched_on_the_device_as_on_the_host(bundled, clips, prote
     assert np.abs(found[0].audio - without.audio).max() > 1e-2
 
 
-def test_an_empty_index_is_refused(bundled, clips, tmp_path):
+def test_an_empty_index_is_refused(small_models, clips, tmp_path):
     faiss = pytest.importorskip("faiss")
     faiss.write_index(faiss.IndexFlatL2(256), str(tmp_path / "trained.index"))
     for index_bytes in (0, 1 << 30):
         converter = batching_converter(
-            bundled, 0, index=tmp_path / "trained.index", index_bytes=index_bytes
+            small_models, 0, index=tmp_path / "trained.index", index_bytes=index_bytes
         )
         options = ConversionOptions(**OPTIONS | {"index_rate": 0.5})
         with pytest.raises(ValueError, match="holds no vectors"):
             converter.convert(clips[0], 16000, options)
 
 
-def test_voices_without_pitch_go_together(bundled, clips, plain_voice):
-    converter = batching_converter(bundled, 1 << 30, plain_voice)
+def test_voices_without_pitch_go_together(small_models, clips, plain_voice):
+    converter = batching_converter(small_models, 1 << 30, plain_voice)
     largest = check_like_alone(converter, clips, ConversionOptions(**OPTIONS), 1e-5)
     assert largest["prior"] == 3
 
 
 def test_voices_with_noise_at_every_stage_go_together(
-    bundled, clips, tmp_path, monkeypatch
+    small_models, clips, tmp_path, monkeypatch
 ):
     narrow_refinegan(monkeypatch)
     spec = maker.VoiceFile("v1", 32, vocoder="RefineGAN", speakers=4)
     config = [*maker.SMALL_VOICE]
     config[12], config[14] = [10, 4, 4, 2], [16, 16, 4, 4]  # as many stages as narrowed
     maker.write_voice("test", spec, config, tmp_path / "voice.pth", 1)
-    converter = batching_converter(bundled, 1 << 30, tmp_path / "voice.pth")
+    converter = batching_converter(small_models, 1 << 30, tmp_path / "voice.pth")
     assert converter.voice.noise_shapes
     options = ConversionOptions(**OPTIONS | {"x_pad": 1.0})
     two = [clips[0][:1600], clips[1][:1600]]
@@ -166,10 +170,10 @@ def test_one_at_a_time_is_exactly_as_alone(small_converter, clips):
         np.testing.assert_array_equal(audio, alone.audio)
 
 
-def test_the_budget_of_the_engine_is_kept(bundled, clips):
-    converter = batching_converter(bundled, 0)
+def test_the_budget_of_the_engine_is_kept(small_models, clips):
+    converter = batching_converter(small_models, 0)
     frame_bytes = 4 * 32 * converter.encoder.config.conv_dim  # of the encoder's
-    limited = batching_converter(bundled, 190 * frame_bytes)
+    limited = batching_converter(small_models, 190 * frame_bytes)
     assert limited.encoder.batch_frames == 190
     limited.convert_many(clips, 16000, ConversionOptions(**OPTIONS))
     # 0.3 s and twice 0.25 s of context are about 80 frames: two fit, three do not.
@@ -178,11 +182,11 @@ def test_the_budget_of_the_engine_is_kept(bundled, clips):
     assert set(batches(converter).values()) == {1}
 
 
-def test_segments_of_one_recording_keep_their_order(bundled, speech):
+def test_segments_of_one_recording_keep_their_order(small_models, speech):
     cuts = {"x_query": 0.1, "x_center": 2, "x_max": 2}
     options = ConversionOptions(**OPTIONS | cuts)
-    one = batching_converter(bundled, 0).convert(speech, 16000, options).audio
-    converter = batching_converter(bundled, 1 << 30)
+    one = batching_converter(small_models, 0).convert(speech, 16000, options).audio
+    converter = batching_converter(small_models, 1 << 30)
     many = converter.convert(speech, 16000, options).audio
     assert np.abs(one - many).max() <= 1e-5
     assert batches(converter)["vocoder"] > 1
@@ -220,8 +224,8 @@ def files(clips, tmp_path):
 
 
 @pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
-def test_files_together_are_as_alone(bundled, files, batch_bytes):
-    converter = batching_converter(bundled, batch_bytes)
+def test_files_together_are_as_alone(small_models, files, batch_bytes):
+    converter = batching_converter(small_models, batch_bytes)
     options, calls = ConversionOptions(**OPTIONS), []
     results = converter.convert_files(
         files, options, subtype="FLOAT", progress=lambda *call: calls.append(call)
@@ -237,12 +241,34 @@ def test_files_together_are_as_alone(bundled, files, batch_bytes):
         assert np.abs(found - alone).max() <= (1e-5 if batch_bytes else 0)
 
 
+def test_joins_are_each_recording_s_own(small_models, files, speech):
+    converter = batching_converter(small_models, 1 << 30)
+
+    def joins(pairs, **cuts):
+        options = ConversionOptions(**OPTIONS | cuts)
+        return [r.joins for _, r in converter.convert_files(pairs, options)]
+
+    # The five end at 0.3, 0.5, 0.3, 0.3 and 0.505 s, windows after 0.32 s.
+    assert joins(files) == [[], [pytest.approx(0.32)], [], [], [pytest.approx(0.32)]]
+    soundfile.write(files[0][0], speech[:33000], 16000)
+    soundfile.write(files[2][0], speech[20000:53000], 16000)
+    cuts = {"x_query": 0.1, "x_center": 2, "x_max": 2}
+    together = joins(files[:3], **cuts)
+    assert batches(converter)["vocoder"] > 2
+    assert together == [joins([pair], **cuts)[0] for pair in files[:3]]
+    windows = np.arange(0.32, 33000 / 16000, 0.32)
+    for places in together[::2]:
+        [segment] = set(np.round(places, 2)) - set(np.round(windows, 2))
+        assert 1.9 <= segment < 33000 / 16000
+    assert together[0] != together[2]
+
+
 @pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
-def test_a_bad_file_fails_alone(bundled, files, tmp_path, batch_bytes):
+def test_a_bad_file_fails_alone(small_models, files, tmp_path, batch_bytes):
     files[1][0].write_text("no sound")
     files[3] = (files[3][0], tmp_path / "nowhere" / "x.wav")
     soundfile.write(files[2][0], np.zeros(200), 16000)
-    converter = batching_converter(bundled, batch_bytes)
+    converter = batching_converter(small_models, batch_bytes)
     options = ConversionOptions(reference_lengths=True, **OPTIONS)
     results = dict(converter.convert_files(files, options))
     assert sorted(results) == list(range(len(files)))
@@ -256,8 +282,8 @@ def test_a_bad_file_fails_alone(bundled, files, tmp_path, batch_bytes):
     assert not files[2][1].exists()
 
 
-def test_what_a_network_raises_ends_its_wave_and_no_more(bundled, files):
-    converter = batching_converter(bundled, 0)
+def test_what_a_network_raises_ends_its_wave_and_no_more(small_models, files):
+    converter = batching_converter(small_models, 0)
     run, calls = converter.voice.prior, []
 
     def start(*arrays):
@@ -273,8 +299,8 @@ def test_what_a_network_raises_ends_its_wave_and_no_more(bundled, files):
     assert sorted(results) == list(range(len(files)))
 
 
-def test_files_are_opened_when_their_turn_comes(bundled, files):
-    converter = batching_converter(bundled, 0)
+def test_files_are_opened_when_their_turn_comes(small_models, files):
+    converter = batching_converter(small_models, 0)
     results = converter.convert_files(files, ConversionOptions(**OPTIONS))
     next(results)
     files[4][0].unlink()  # not opened so far

@@ -671,13 +671,13 @@ def test_folder_that_may_not_be_written(tmp_path, recordings):
 # Features and pitch -------------------------------------------------------------------
 
 
-def test_features_and_pitch_of_real_networks(tmp_path, small_converter, bundled):
+def test_features_and_pitch_of_real_networks(tmp_path, small_converter, small_models):
     """Shapes of SPEC: [(n - 400) // 320 + 1, C] and n // 160 + 1, v1 unlike v2."""
     from rvc_mlx.pitch import quantize_f0
 
     encoder, net = small_converter.encoder, small_converter.pitch_net
     out = tmp_path / "out"
-    preprocess([bundled.speech], out, RATE, workers=1)
+    preprocess([small_models.speech], out, RATE, workers=1)
     report = extract_features(out, encoder, net, "v2")
     assert report.problems == []
     assert report.clips == len(clip_names(out))

@@ -861,7 +861,7 @@ def test_voice_starts_from_public_checkpoints(folder, tmp_path):
 
 
 def test_train_command_from_recordings_to_a_voice_that_converts(
-    tmp_path, bundled, speech, home, capsys
+    tmp_path, small_models, speech, home, capsys
 ):
     """Recordings in, voice and index out, and both load for a conversion."""
     pytest.importorskip("faiss")
@@ -886,7 +886,14 @@ def test_train_command_from_recordings_to_a_voice_that_converts(
     out = tmp_path / "run"
     command = [
         *("train", source, "-o", out, "--config", tmp_path / "sizes.json"),
-        *("--encoder", bundled.encoder, "--rmvpe", bundled.rmvpe, "--cpu-cores", 1),
+        *(
+            "--encoder",
+            small_models.encoder,
+            "--rmvpe",
+            small_models.rmvpe,
+            "--cpu-cores",
+            1,
+        ),
         *("--total-epoch", 1, "-bs", 2, "--device", "cpu", "--similarity", "no"),
         *("--hold_out", 0.5, "--model-author", "me", "--index-algorithm", "Auto"),
     ]
@@ -899,7 +906,7 @@ def test_train_command_from_recordings_to_a_voice_that_converts(
     assert (out / "events").exists()
     converter = rvc_mlx.load(
         out / "run.safetensors", out / "run.index",
-        encoder=bundled.encoder, rmvpe=bundled.rmvpe, device="cpu", precision="f32",
+        encoder=small_models.encoder, rmvpe=small_models.rmvpe, device="cpu", precision="f32",
     )  # fmt: skip
     result = converter.convert(speech[:8000], 16000)
     assert len(result.audio) == rate // 2

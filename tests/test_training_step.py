@@ -17,14 +17,13 @@ from rvc_mlx.models.voice_config import SynthesizerConfig
 from rvc_mlx.training import step as step_module
 from rvc_mlx.training.convolutions import (
     Convolutions,
-    dense_weight,
-    mixed_conv1d,
-    planar_conv1d,
-    planar_conv_transpose1d,
+    batched_conv1d,
+    batched_conv_transpose1d,
     tapped_conv1d,
     unfolded_conv1d,
     unfolded_conv_transpose1d,
-    with_slope_of,
+    weight_slope,
+    windowed_conv1d,
 )
 from rvc_mlx.training.discriminators import Discriminator
 from rvc_mlx.training.forward import (
@@ -46,6 +45,7 @@ from rvc_mlx.training.losses import (
 )
 from rvc_mlx.training.optimizer import AdamW, moments, update
 from rvc_mlx.training.parametrization import (
+    Packing,
     folded,
     from_torch,
     initial,
@@ -58,6 +58,8 @@ from rvc_mlx.training.step import TrainStep, draw
 from rvc_reference.synthesizer import Synthesizer as TorchSynthesizer
 from rvc_reference.vocoders import frame_phase
 
+pytestmark = pytest.mark.usefixtures("_one_thread")
+
 KINDS = {
     "nsf": (Kind(), "v2"),
     "nsf-odd": (Kind(rates=(5, 2, 3), kernels=(10, 4, 6)), "v1"),
@@ -66,15 +68,6 @@ KINDS = {
 }
 FRAMES, SEGMENT = 24, 16
 N_FFT, WIN, MELS = 80, 64, 8  # a transform longer than its window, hop no divisor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """For networks this small a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_config(name: str) -> TrainingConfig:
@@ -593,14 +586,11 @@ def test_ways_of_convolution_agree(taps, stride, dilation, groups, length, rng):
     def unfolded(x, w):
         return unfolded_conv1d(x, w, stride, pad, dilation, groups)
 
-    def dense(x, w):
-        return mx.conv1d(x, dense_weight(w, groups), stride, pad, dilation)
+    def batched(x, w):
+        return batched_conv1d(x, w, stride, pad, dilation)
 
-    def planar(x, w):
-        return planar_conv1d(x, w, stride, pad, dilation, groups)
-
-    def mixed(x, w):
-        return mixed_conv1d(x, w, stride, pad, dilation, groups)
+    def windowed(x, w):
+        return windowed_conv1d(x, w, stride, pad, dilation, groups)
 
     y = native(x, w)
     back = mx.array(rng.standard_normal(y.shape).astype(np.float32))
@@ -609,7 +599,8 @@ def test_ways_of_convolution_agree(taps, stride, dilation, groups, length, rng):
     def tapped(x, w):
         return tapped_conv1d(x, w, stride, pad, dilation)
 
-    others = [planar, unfolded, dense, mixed] + [tapped] * (groups == 1)
+    others = [unfolded] + [tapped, batched] * (groups == 1)
+    others += [windowed] * (dilation == 1)
     for other in others:
         assert mx.allclose(other(x, w), y, atol=1e-4)
         for own, expected in zip(mx.vjp(other, [x, w], [back])[1], ways, strict=True):
@@ -630,20 +621,20 @@ def test_ways_of_transposed_convolution_agree(taps, stride, pad, more, rng):
     def unfolded(x, w):
         return unfolded_conv_transpose1d(x, w, stride, pad, more)
 
-    def planar(x, w):
-        return planar_conv_transpose1d(x, w, stride, pad, more)
+    def batched(x, w):
+        return batched_conv_transpose1d(x, w, stride, pad, more)
 
     y = native(x, w)
     back = mx.array(rng.standard_normal(y.shape).astype(np.float32))
     ways = mx.vjp(native, [x, w], [back])[1]
-    for other in (planar, unfolded, with_slope_of(native, unfolded)):
+    for other in (batched, unfolded):
         assert mx.allclose(other(x, w), y, atol=1e-4)
         for own, expected in zip(mx.vjp(other, [x, w], [back])[1], ways, strict=True):
             assert mx.allclose(own, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("plain", ["native", "planar", "unfolded", "mixed", "tapped"])
-@pytest.mark.parametrize("grouped", ["native", "unfolded", "dense"])
+@pytest.mark.parametrize("plain", ["native", "batched", "unfolded", "tapped"])
+@pytest.mark.parametrize("grouped", ["native", "unfolded", "windowed"])
 def test_discriminator_is_the_reference(plain, grouped, rng):
     config = dataclasses.replace(make_config("nsf"), discriminator_width=4)
     network = reference.Discriminator("v2", 4)
@@ -675,7 +666,7 @@ def test_unfolded_generator_is_the_generator(name):
     inputs = step_inputs(batch, draw(config, batch, 7, 0))
     weights = folded(make_step(config).generator)
     made = []
-    for way in ("native", "planar", "unfolded", "mixed", "tapped"):
+    for way in ("native", "batched", "unfolded", "tapped"):
         network = training_network(config, way)
         kinds = {type(layer).__name__ for _, layer in network.named_modules()}
         assert ("Conv1d" in kinds) == (way == "native")
@@ -686,9 +677,19 @@ def test_unfolded_generator_is_the_generator(name):
         assert mx.allclose(made[0].z_p, other.z_p, atol=1e-4)
 
 
+@pytest.mark.parametrize("items", [1, 7, 60, 592])
+def test_the_weight_slope_is_the_same_however_items_are_joined(items, rng):
+    x = mx.array(rng.standard_normal((items, 23, 3)).astype(np.float32))
+    w = mx.zeros((5, 4, 3))
+    back = mx.array(rng.standard_normal((items, 8, 5)).astype(np.float32))
+    expected = mx.vjp(lambda w: mx.conv1d(x, w, 3, 2), [w], [back])[1][0]
+    own = weight_slope(x, back, 4, 3, 2)
+    assert mx.abs(own - expected).max() < 1e-5 * mx.abs(expected).max()
+
+
 def test_unknown_formulations_are_refused():
-    with pytest.raises(ValueError, match="plain convolutions 'dense'"):
-        Convolutions(plain="dense")
+    with pytest.raises(ValueError, match="plain convolutions 'windowed'"):
+        Convolutions(plain="windowed")
     with pytest.raises(ValueError, match="2 groups given"):
         tapped_conv1d(mx.zeros((1, 9, 4)), mx.zeros((4, 3, 2)), groups=2)
 
@@ -710,6 +711,27 @@ def test_layout_and_weight_norm(name):
         assert plain.keys() == expected.keys()
         for key, value in expected.items():
             assert np.abs(plain[key] - value).max() <= 1e-6 * np.abs(value).max(), key
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_rows_of_a_packed_network_give_its_folded_weights(name):
+    config = make_config(name)
+    for parameters, names in zip(initial(config, 0), shapes(config), strict=True):
+        packing = Packing(names)
+        vector = np.array(packing.pack(parameters))
+        plain = np.full_like(vector, np.nan)
+        for first, count, step, place in packing.rows():
+            own = first + step * np.arange(count)
+            assert np.isnan(plain[own]).all()  # no value is in two rows
+            factor = 1.0
+            if place >= 0:
+                factor = vector[place] / np.linalg.norm(vector[own])
+                plain[place] = 0
+            plain[own] = factor * vector[own]
+        assert not np.isnan(plain).any()
+        found = packing.unpack(mx.array(plain))
+        for key, value in folded(parameters).items():
+            assert mx.allclose(found.get(key, found.get(f"{key}_v")), value, atol=1e-6)
 
 
 def test_transposed_convolutions_keep_the_norm_of_each_input():

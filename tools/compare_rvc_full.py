@@ -45,9 +45,11 @@ def main() -> int:
     parser.add_argument(
         "--mlx_model", "--mlx-model", type=Path, metavar="M", help="the same for us"
     )
-    parser.add_argument("--audio", type=Path, metavar="F", help="default: bundled clip")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="of the clip (default: 5)"
+        "--audio", type=Path, metavar="F", help="default: the tests' clip"
+    )
+    parser.add_argument(
+        "--seconds", type=common.seconds, default=5.0, help="of the clip (default: 5)"
     )
     return main_for_each(parser, measure)
 

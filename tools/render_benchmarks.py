@@ -51,7 +51,7 @@ SECTIONS = (
     ("Complete synthesis", "benchmark_rvc_full.py", tables.rvc_full),
     ("File to file", "benchmark_e2e.py", tables.e2e),
     ("File to file: seconds per stage, warm", "benchmark_e2e.py", tables.e2e_stages),
-    ("Peak memory by length", "benchmark_e2e.py --memory 30,600,3600", tables.memory),
+    ("Peak memory by length", "benchmark_e2e.py --memory 5,30,600,3600", tables.memory),
     ("What a GPU is judged by", "benchmark_gpu.py", gpu_table.gpu),
     ("A training step", "benchmark_training.py", tables.training),
     ("Waveforms of real audio", "benchmark_audio_parity.py", tables.audio_parity),

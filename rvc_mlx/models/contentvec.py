@@ -37,6 +37,9 @@ class ContentVecConfig:
         final_proj_size: width of ``final_proj``, 0 when the file has none.
         bottleneck_size: width of v2 features when a narrow layer follows the last
             layer, 0 in public encoders, which have none.
+        centred: whether narrow features lose their mean over time: what lasts for a
+            whole utterance is the speaker (van Niekerk et al. 2021). A file says so by
+            a ``bottleneck`` without bias, which would have no effect.
     """
 
     conv_dim: int = 512
@@ -48,6 +51,7 @@ class ContentVecConfig:
     pos_conv_groups: int = 16
     final_proj_size: int = 256
     bottleneck_size: int = 0
+    centred: bool = False
 
     @classmethod
     def from_tensors(
@@ -78,6 +82,7 @@ class ContentVecConfig:
             pos_conv_groups=hidden // group_width,
             final_proj_size=0 if projection is None else projection.shape[0],
             bottleneck_size=0 if bottleneck is None else bottleneck.shape[0],
+            centred=bottleneck is not None and "bottleneck.bias" not in tensors,
         )
 
     def feature_size(self, version: str) -> int:
@@ -257,7 +262,9 @@ class ContentVec(nn.Module):
         if config.final_proj_size:
             self.final_proj = nn.Linear(config.hidden_size, config.final_proj_size)
         if config.bottleneck_size:
-            self.bottleneck = nn.Linear(config.hidden_size, config.bottleneck_size)
+            self.bottleneck = nn.Linear(
+                config.hidden_size, config.bottleneck_size, bias=not config.centred
+            )
 
     def hidden_state(self, audio: mx.array, num_layers: int) -> mx.array:
         """Audio ``[B, L]`` float32 to the output ``[B, F, C]`` of a layer (0 = input)."""
@@ -278,7 +285,13 @@ class ContentVec(nn.Module):
             depth = self.config.num_layers * 3 // 4
             return self.final_proj(self.hidden_state(audio, depth))
         x = self.hidden_state(audio, self.config.num_layers)
-        return self.bottleneck(x) if self.config.bottleneck_size else x
+        if not self.config.bottleneck_size:
+            return x
+        x = self.bottleneck(x)
+        if not self.config.centred:
+            return x
+        mean = x.astype(mx.float32).mean(axis=1, keepdims=True)
+        return x - mean.astype(x.dtype)
 
 
 # fairseq's names to transformers', in the order in which they are tried.

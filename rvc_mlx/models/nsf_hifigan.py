@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -143,8 +144,8 @@ def hifigan_context(config: SynthesizerConfig) -> int:
     return math.ceil(frames + 3 / samples_per_frame + 1)
 
 
-def average_blocks(x: mx.array, blocks: Sequence[nn.Module]) -> mx.array:
-    """Mean of what the residual blocks of a stage make of ``[B, L, C]``."""
+def average_blocks(x: mx.array, blocks: Sequence[Any]) -> mx.array:
+    """Mean of what the residual blocks of a stage, or functions, make of ``[B, L, C]``."""
     total = blocks[0](x)
     for block in blocks[1:]:
         total = total + block(x)

@@ -4,9 +4,9 @@ The results are the same, forward and backward; a layer keeps its name and weigh
 On CUDA, MLX tells the slope of a weight from a plain convolution by the third axis of
 its arrays: the width, in two dimensions, but the channels, in one. In one dimension
 cuDNN is therefore asked for an output of a few samples by a kernel as long as the
-signal. ``"planar"`` avoids that; ``"mixed"`` takes the weights' slopes as matrix
-products, one for each tap. On the CPU, MLX computes a dilated convolution number by
-number; ``"tapped"`` makes it a matrix product for each tap, over views of the signal.
+signal. ``"batched"`` takes that slope as one batched matrix product instead. On the CPU,
+MLX computes a dilated convolution number by number; ``"tapped"`` makes it a matrix
+product for each tap, over views of the signal.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 
-_PLAIN = ("native", "planar", "unfolded", "mixed", "tapped")
-_GROUPED = ("native", "unfolded", "dense")
+_PLAIN = ("native", "batched", "unfolded", "tapped")
+_GROUPED = ("native", "unfolded", "windowed")
 Product = Callable[[mx.array, mx.array], mx.array]  # of a signal and a weight
 
 
@@ -30,12 +30,12 @@ class Convolutions:
     """How the training networks' convolutions are computed.
 
     Attributes:
-        generator: ``"native"`` (the back end's), ``"planar"`` (the same, of an image one
-            row high), ``"unfolded"`` (one matrix product), ``"tapped"`` (a matrix
-            product per tap) or ``"mixed"`` (native, with the weights' slopes tapped).
+        generator: ``"native"`` (the back end's), ``"batched"`` (the same, with the
+            weights' slopes as one batched matrix product), ``"unfolded"`` (one matrix
+            product) or ``"tapped"`` (a matrix product per tap).
         plain: likewise, for the discriminators' convolutions without groups.
         grouped: for those with groups: ``"native"``, ``"unfolded"`` (one matrix product
-            for each group) or ``"dense"`` (groups as blocks of one dense kernel).
+            for each group) or ``"windowed"`` (the same with fewer and larger copies).
 
     Raises:
         ValueError: a way is unknown.
@@ -61,7 +61,7 @@ class Convolutions:
     def fitting(cls) -> Convolutions:
         """The quickest way on MLX's device."""
         if mx.default_device().type == mx.DeviceType.gpu:
-            return cls()
+            return cls("batched", "batched", "windowed")
         return cls("tapped", "tapped", "unfolded")
 
 
@@ -204,35 +204,6 @@ def _sum_of_taps(signal: mx.array, weight: mx.array, dilation: int) -> mx.array:
     return y
 
 
-def dense_weight(weight: mx.array, groups: int) -> mx.array:
-    """A grouped kernel ``[O, K, C / groups]`` as a dense one, ``[O, K, C]``."""
-    outputs, K, width = weight.shape
-    blocks = weight.reshape(groups, outputs // groups, K, 1, width)
-    own = mx.eye(groups, dtype=weight.dtype)[:, None, None, :, None]
-    return (blocks * own).reshape(outputs, K, groups * width)
-
-
-def planar_conv1d(
-    x: mx.array,
-    weight: mx.array,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    groups: int = 1,
-) -> mx.array:
-    """``mx.conv1d`` as a convolution of an image one row high; arguments as there."""
-    settings = ((1, stride), (0, padding), (1, dilation), groups)
-    return mx.conv2d(x[:, None], weight[:, None], *settings)[:, 0]
-
-
-def planar_conv_transpose1d(
-    x: mx.array, weight: mx.array, stride: int, padding: int, output_padding: int
-) -> mx.array:
-    """``mx.conv_transpose1d`` likewise."""
-    settings = ((1, stride), (0, padding), (1, 1), (0, output_padding))
-    return mx.conv_transpose2d(x[:, None], weight[:, None], *settings)[:, 0]
-
-
 def unfolded_conv_transpose1d(
     x: mx.array, weight: mx.array, stride: int, padding: int, output_padding: int
 ) -> mx.array:
@@ -264,12 +235,12 @@ def unfolded_conv_transpose1d(
     return y[:, padding : padding + wanted]
 
 
-def with_slope_of(native: Product, other: Product) -> Product:
-    """``native(x, weight)``, whose slope for the weight is computed as ``other``'s.
+def with_slope(native: Product, slope: Product) -> Product:
+    """``native(x, weight)``, whose slope for the weight is computed another way.
 
     Args:
         native: a convolution.
-        other: the same one, computed another way.
+        slope: of input and output's slope to the weight's.
     """
 
     @mx.custom_function
@@ -283,53 +254,183 @@ def with_slope_of(native: Product, other: Product) -> Product:
         del output
         x, weight = primals
         _, [for_x] = mx.vjp(lambda x: native(x, weight), [x], [cotangent])
-        _, [for_weight] = mx.vjp(lambda w: other(x, w), [weight], [cotangent])
-        return for_x, for_weight
+        return for_x, slope(x, cotangent)
 
     return cast(Product, product)
 
 
-def mixed_conv1d(
-    x: mx.array, weight: mx.array, stride: int, padding: int, dilation: int, groups: int
+def weight_slope(
+    x: mx.array,
+    cotangent: mx.array,
+    taps: int,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
 ) -> mx.array:
-    """``mx.conv1d`` with the weight's slope of `tapped_conv1d`, or of the unfolded one."""
-    other = tapped_conv1d if groups == 1 else unfolded_conv1d
-    settings = (stride, padding, dilation, groups)
-    product = with_slope_of(
-        lambda x, w: mx.conv1d(x, w, *settings), lambda x, w: other(x, w, *settings)
+    """Slope of a convolution's weight: one product for all taps, over shifted views.
+
+    Items stand behind one another in as many signals as keep a GPU busy; windows that
+    cross the border of two items meet zeros of the cotangent.
+
+    Args:
+        x: the convolution's input ``[B, L, C]``.
+        cotangent: slope of its output, ``[B, n, O]``.
+        taps: K.
+        stride: samples between windows.
+        padding: zeros on each side.
+        dilation: samples between taps; 1 unless ``stride`` is 1.
+
+    Returns:
+        ``[O, K, C]``.
+    """
+    (B, L, C), (_, n, outputs) = x.shape, cotangent.shape
+    blocks = -(-taps // stride)
+    reach = dilation * (blocks - 1)
+    rows, width = n + reach, stride * C
+    x = mx.pad(x, [(0, 0), (padding, max(0, rows * stride - L - padding)), (0, 0)])
+    x = x[:, : rows * stride]
+    signals = _signals(B, blocks * -(-outputs // 64) * -(-width // 64))
+    if signals < B:
+        cotangent = mx.pad(cotangent, [(0, 0), (0, reach), (0, 0)])
+    length = B // signals * rows - reach
+    left = cotangent.reshape(signals, 1, -1, outputs)[:, :, :length].swapaxes(2, 3)
+    views = mx.as_strided(
+        x,
+        (signals, blocks, length, width),
+        (B // signals * rows * width, dilation * width, width, 1),
+    )
+    slope = (left @ views).sum(axis=0).swapaxes(0, 1)  # [O, blocks, stride * C]
+    return slope.reshape(outputs, blocks * stride, C)[:, :taps]
+
+
+_TILES = 264  # of 64 by 64 numbers that a large GPU computes at once
+
+
+def _signals(items: int, tiles: int) -> int:
+    """How many signals to make of the items: a divisor of their number."""
+    wanted = max(1, _TILES // tiles)
+    return next((n for n in range(wanted, items) if items % n == 0), items)
+
+
+def batched_conv1d(
+    x: mx.array,
+    weight: mx.array,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> mx.array:
+    """``mx.conv1d`` with the weight's slope of `weight_slope`; without groups."""
+    if groups != 1:
+        raise ValueError(f"{groups} groups given; a batched convolution has one")
+    taps = weight.shape[1]
+    product = with_slope(
+        lambda x, w: mx.conv1d(x, w, stride, padding, dilation),
+        lambda x, back: weight_slope(x, back, taps, stride, padding, dilation),
     )
     return product(x, weight)
 
 
-def mixed_conv_transpose1d(
+def batched_conv_transpose1d(
     x: mx.array, weight: mx.array, stride: int, padding: int, output_padding: int
 ) -> mx.array:
-    """``mx.conv_transpose1d`` whose weight's slope is that of the unfolded one."""
-    product = with_slope_of(
+    """``mx.conv_transpose1d`` likewise: its transpose is a convolution of the slope."""
+    taps = weight.shape[1]
+
+    def slope(x: mx.array, back: mx.array) -> mx.array:
+        return weight_slope(back, x, taps, stride, padding).transpose(2, 1, 0)
+
+    product = with_slope(
         lambda x, w: mx.conv_transpose1d(x, w, stride, padding, 1, output_padding),
-        lambda x, w: unfolded_conv_transpose1d(x, w, stride, padding, output_padding),
+        slope,
     )
     return product(x, weight)
 
 
-def dense_conv1d(
-    x: mx.array, weight: mx.array, stride: int, padding: int, dilation: int, groups: int
+def windowed_conv1d(
+    x: mx.array,
+    weight: mx.array,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
 ) -> mx.array:
-    """Grouped ``mx.conv1d`` through `dense_weight`."""
-    return mx.conv1d(x, dense_weight(weight, groups), stride, padding, dilation)
+    """``mx.conv1d`` as one matrix product for each group; dilation 1.
+
+    Args:
+        x: ``[B, L, C]``.
+        weight: ``[O, K, C / groups]``.
+        stride: samples between windows.
+        padding: zeros on each side.
+        dilation: 1.
+        groups: blocks of channels that do not mix.
+    """
+    if dilation != 1:
+        raise ValueError(f"dilation {dilation} given; a windowed convolution has 1")
+    outputs = len(weight)
+    x, weight = in_blocks(x, weight, stride, padding, dilation)
+    B, rows = x.shape[:2]
+    x = mx.transpose(x.reshape(B, rows, stride, groups, -1), (3, 0, 1, 2, 4))
+    weight = weight.reshape(groups, outputs // groups, -1)
+    y = cast(mx.array, _windowed(x.reshape(groups, B, rows, -1), weight))
+    return mx.transpose(y, (1, 2, 0, 3)).reshape(B, -1, outputs)
+
+
+def _windows(x: mx.array, blocks: int) -> mx.array:
+    """``[G, B, rows, S]`` to ``[G, B * n, blocks * S]``, one copy."""
+    G, B, rows, S = x.shape
+    n = rows - blocks + 1
+    shape, strides = (G, B, n, blocks * S), (B * rows * S, rows * S, S, 1)
+    return mx.as_strided(x, shape, strides).reshape(G, B * n, blocks * S)
+
+
+def _sum_of_windows(windows: mx.array, S: int) -> mx.array:
+    """The transpose of `_windows`: ``[G, B, n, blocks * S]`` to ``[G, B, rows, S]``."""
+    G, B, n, width = windows.shape
+    blocks = width // S
+    around = blocks - 1
+    windows = mx.pad(windows, [(0, 0), (0, 0), (around, around), (0, 0)])
+    length = (n + 2 * around) * width
+    places = mx.as_strided(
+        windows,
+        (G, B, n + around, blocks, S),
+        (B * length, length, width, width - S, 1),
+        around * S,
+    )
+    return places.sum(axis=3)
+
+
+@mx.custom_function
+def _windowed(x: mx.array, weight: mx.array) -> mx.array:
+    """``[G, B, rows, S]`` and ``[G, o, blocks * S]`` to ``[G, B, n, o]``."""
+    G, B, rows, S = x.shape
+    n = rows - weight.shape[2] // S + 1
+    y = _windows(x, weight.shape[2] // S) @ weight.swapaxes(1, 2)
+    return y.reshape(G, B, n, -1)
+
+
+@_windowed.vjp
+def _windowed_slopes(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    del output
+    x, weight = primals
+    G, B, n, o = cotangent.shape
+    rows = cotangent.reshape(G, B * n, o)
+    for_weight = rows.swapaxes(1, 2) @ _windows(x, weight.shape[2] // x.shape[3])
+    for_windows = (rows @ weight).reshape(G, B, n, -1)
+    return _sum_of_windows(for_windows, x.shape[3]), for_weight
 
 
 _WAYS: dict[str, Callable[..., mx.array]] = {
-    "planar": planar_conv1d,
+    "batched": batched_conv1d,
     "unfolded": unfolded_conv1d,
-    "mixed": mixed_conv1d,
     "tapped": tapped_conv1d,
-    "dense": dense_conv1d,
+    "windowed": windowed_conv1d,
 }
 _TRANSPOSED_WAYS: dict[str, Callable[..., mx.array]] = {
-    "planar": planar_conv_transpose1d,
+    "batched": batched_conv_transpose1d,
     "unfolded": unfolded_conv_transpose1d,
-    "mixed": mixed_conv_transpose1d,
     "tapped": unfolded_conv_transpose1d,
 }
 
@@ -353,6 +454,7 @@ class Convolution(nn.Module):
         self.weight = layer.weight
         if "bias" in layer:
             self.bias = layer.bias
+        self.dilation = settings[2] if type(layer) is nn.Conv1d else 1
         self._compute = lambda x, weight: compute(x, weight, *settings)
 
     def __call__(self, x: mx.array) -> mx.array:

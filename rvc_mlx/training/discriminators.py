@@ -17,8 +17,8 @@ from itertools import pairwise
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx.models.layers import leaky_relu
 from rvc_mlx.training.convolutions import Convolutions, reformulate
+from rvc_mlx.training.fused import leaky_relu
 from rvc_mlx.training.presets import TrainingConfig
 
 # Input channels of one group of the waveform discriminator, whatever its width.

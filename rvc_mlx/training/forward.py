@@ -19,6 +19,7 @@ from rvc_mlx.arrays import Array
 from rvc_mlx.models.nsf_hifigan import MRFGenerator, NSFGenerator
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.models.vits import PosteriorEncoder
+from rvc_mlx.training.blocks import quicken_blocks
 from rvc_mlx.training.convolutions import reformulate
 from rvc_mlx.training.presets import TrainingConfig
 
@@ -44,6 +45,7 @@ def training_network(
         model.gin_channels,
     )
     reformulate(network, convolutions, grouped="native")  # it has none with groups
+    quicken_blocks(network.dec)
     return network
 
 

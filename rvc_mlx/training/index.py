@@ -112,7 +112,13 @@ def read_features(folder: str | Path) -> np.ndarray:
 
 def _centres(faiss: Any, rows: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Centres of k-means, ``[count, C]`` float32."""
-    means = faiss.Kmeans(rows.shape[1], count, niter=_ITERATIONS, seed=seed + 1)
+    means = faiss.Kmeans(
+        rows.shape[1],
+        count,
+        niter=_ITERATIONS,
+        seed=seed + 1,
+        min_points_per_centroid=1,  # no advice about few points on stderr
+    )
     means.train(rows)
     return means.centroids
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +23,7 @@ from mlx.utils import tree_flatten
 from rvc_mlx.training.discriminators import Discriminator
 from rvc_mlx.training.forward import training_network
 from rvc_mlx.training.presets import TrainingConfig
+from rvc_mlx.training.weight_norm import folding, piece_rows
 
 Parameters = dict[str, mx.array]
 
@@ -62,6 +64,56 @@ class Packing:
         """The arrays in a vector of ``pack``; they share its memory."""
         parts = zip(self._shapes.items(), mx.split(vector, self._ends), strict=True)
         return {name: part.reshape(shape) for (name, shape), part in parts}
+
+    def plain(self, vector: mx.array, exact: str, dtype: mx.Dtype) -> Parameters:
+        """What ``folded`` gives for the arrays in a vector, on CUDA in one kernel.
+
+        Args:
+            vector: of ``pack``, float32.
+            exact: what the names of weights start with that stay float32.
+            dtype: of the others.
+        """
+        on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
+        if not on_cuda:
+            weights = folded(self.unpack(vector))
+            return {
+                name: value if name.startswith(exact) else value.astype(dtype)
+                for name, value in weights.items()
+            }
+        plain = self._folding(vector)
+        weights = self.unpack(plain.astype(dtype))
+        if dtype != plain.dtype:
+            float32 = self.unpack(plain).items()
+            weights |= {k: v for k, v in float32 if k.startswith(exact)}
+        return {
+            name.removesuffix("_v") if name.endswith(".weight_v") else name: value
+            for name, value in weights.items()
+            if not name.endswith(".weight_g")
+        }
+
+    @cached_property
+    def _folding(self) -> Callable[..., mx.array]:
+        return folding(self.rows())
+
+    def rows(self) -> list[tuple[int, int, int, int]]:
+        """The vector as ``weight_norm.folding`` wants to be told of it."""
+        starts = dict(zip(self._shapes, [0, *self._ends], strict=True))
+        rows = []
+        for name, shape in self._shapes.items():
+            start, size = starts[name], math.prod(shape)
+            if name.endswith(".weight_v"):
+                g_name = f"{name[:-1]}g"
+                g, places = self._shapes[g_name], starts[g_name]
+                count = math.prod(g)  # of norms; their axis is the first or the last
+                first = g[0] == count
+                step, along = (1, size // count) if first else (count, 1)
+                rows += [
+                    (start + i * along, size // count, step, places + i)
+                    for i in range(count)
+                ]
+            elif not name.endswith(".weight_g"):
+                rows += piece_rows(start, size)
+        return rows
 
 
 def folded(parameters: Mapping[str, mx.array]) -> Parameters:

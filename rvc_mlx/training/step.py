@@ -55,7 +55,6 @@ from rvc_mlx.training.optimizer import (
 from rvc_mlx.training.parametrization import (
     Packing,
     Parameters,
-    folded,
     require_same,
     shapes,
 )
@@ -217,33 +216,26 @@ class TrainStep:
         real = segments(wave, x["starts"], segment).flatten(1)
         target = log_mel(segments(x["spec"], x["starts"], segment), config)
 
-        def loss(parameters: Parameters) -> tuple[mx.array, Any, Any]:
-            bind(self._network, self._weights(parameters))
+        def loss(vector: mx.array) -> tuple[mx.array, Any, Any]:
+            bind(self._network, self._weights("g", vector))
             made = generate(self._network, x, config, self._dtype)
             new, losses = self._update_discriminator(
                 state, real, mx.stop_gradient(made.audio)
             )
-            judge = self._packings["d"].unpack(new["d"])
-            losses |= self._generator_losses(judge, real, target, made)
+            losses |= self._generator_losses(new["d"], real, target, made)
             return losses["loss_g"] * counters["scale"], losses, new
 
-        generator = self._packings["g"].unpack(state["g"])
-        (_, losses, new), gradients = mx.value_and_grad(loss)(generator)
-        step, norm = self._update("g", state, gradients)
+        (_, losses, new), gradient = mx.value_and_grad(loss)(state["g"])
+        step, norm = self._update("g", state, gradient)
         new = {**new, **step, "counters": {**new["counters"], **step["counters"]}}
         finite = mx.isfinite(norm) & mx.isfinite(losses["grad_norm_d"])
         new["counters"] |= {"learning_rate": counters["learning_rate"]}
         new["counters"] |= next_scale(counters, finite, self.precision)
         return new, losses | {"grad_norm_g": norm}
 
-    def _weights(self, parameters: Parameters) -> Parameters:
+    def _weights(self, part: str, vector: mx.array) -> Parameters:
         """Plain weights in the layers' precision, the harmonic source in float32."""
-        return {
-            name: value
-            if name.startswith("dec.m_source.")
-            else value.astype(self._dtype)
-            for name, value in folded(parameters).items()
-        }
+        return self._packings[part].plain(vector, "dec.m_source.", self._dtype)
 
     def _judged(self, audio: mx.array) -> list[list[mx.array]]:
         return self._judge(audio.astype(self._dtype))
@@ -253,8 +245,8 @@ class TrainStep:
     ) -> tuple[State, dict[str, mx.array]]:
         """One update; real and generated audio are judged as one batch."""
 
-        def loss(parameters: Parameters) -> tuple[mx.array, mx.array]:
-            bind(self._judge, self._weights(parameters))
+        def loss(vector: mx.array) -> tuple[mx.array, mx.array]:
+            bind(self._judge, self._weights("d", vector))
             judged = self._judged(mx.concatenate([real, fake]))
             outputs = [mx.split(maps[-1], 2) for maps in judged]
             value = discriminator_loss(
@@ -263,17 +255,16 @@ class TrainStep:
             )
             return value * state["counters"]["scale"], value
 
-        discriminator = self._packings["d"].unpack(state["d"])
-        (_, value), gradients = mx.value_and_grad(loss)(discriminator)
-        new, norm = self._update("d", state, gradients)
+        (_, value), gradient = mx.value_and_grad(loss)(state["d"])
+        new, norm = self._update("d", state, gradient)
         return new, {"loss_d": value, "grad_norm_d": norm}
 
     def _generator_losses(
-        self, judge: Parameters, real: mx.array, target: mx.array, made: Pass
+        self, judge: mx.array, real: mx.array, target: mx.array, made: Pass
     ) -> dict[str, mx.array]:
         """All of the generator's losses, against the updated discriminator."""
         config = self._config
-        bind(self._judge, self._weights(judge))
+        bind(self._judge, self._weights("d", judge))
         # Real audio is judged apart: its half needs no way back.
         real_maps, fake_maps = self._judged(real), self._judged(made.audio)
         mel = log_mel(spectrogram(made.audio, config), config)
@@ -290,12 +281,11 @@ class TrainStep:
         return losses | {"loss_g": total}
 
     def _update(
-        self, part: str, state: State, gradients: Parameters
+        self, part: str, state: State, gradient: mx.array
     ) -> tuple[State, mx.array]:
         """New parameters, moments and count of one network, and its gradient's norm."""
         counters = state["counters"]
-        vector = {part: self._packings[part].pack(gradients) / counters["scale"]}
-        vector = mean_gradients(vector, self._world)
+        vector = mean_gradients({part: gradient / counters["scale"]}, self._world)
         norm = norm_of(vector)
         finite = mx.isfinite(norm)
         count = counters[f"{part}_steps"] + finite.astype(mx.int32)
