@@ -23,6 +23,7 @@ from rvc_mlx.retrieval import (
 )
 
 _TABLE_BYTES = 256 << 20  # memory for one table of distances, or of candidates
+_MOST_QUERIES = 1 << 15  # of one table: CUDA's sort counts its rows up to 65,535
 _SPARE = 8  # candidates beyond k that are measured again
 _GROUP = 64  # columns whose minimum stands for them
 _HIGH_BITS = 0xFFFFE000  # of a float32: sign, exponent, 10 bits of the fraction
@@ -103,10 +104,10 @@ class DeviceIndex:
         return mx.where(found[:, :1], blended, features)
 
     def _parts(self, count: int, k: int) -> list[slice]:
-        """Queries whose table of distances, and candidates, fit into memory together."""
+        """Queries whose table of distances, and candidates, the GPU takes together."""
         index = self.index
         row = max(len(index), len(index.centroids), (k + _SPARE) * index.width)
-        step = max(1, _TABLE_BYTES // (4 * row))
+        step = min(max(1, _TABLE_BYTES // (4 * row)), _MOST_QUERIES)
         return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
     def _search(

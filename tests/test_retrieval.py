@@ -146,6 +146,18 @@ def test_many_queries_in_several_blocks(search, rng, tmp_path, monkeypatch):
     assert_same_search(search.nearest(index, queries), whole)
 
 
+def test_a_device_is_given_no_more_rows_than_its_sort_takes(rng, tmp_path, monkeypatch):
+    vectors, queries = clustered(rng, 50, 8), clustered(rng, 20, 8)
+    index = saved(faiss_index(vectors, 5), tmp_path / "added.index")
+    whole = nearest_on_device(index, queries)
+    parts = DeviceIndex(index)._parts(200_000, 8)
+    lengths = [part.stop - part.start for part in parts]
+    assert sum(lengths) == 200_000
+    assert max(lengths) < 1 << 16
+    monkeypatch.setattr(device_index, "_MOST_QUERIES", 7)
+    assert_same_search(nearest_on_device(index, queries), whole)
+
+
 @pytest.mark.usefixtures("shortened_products")
 @pytest.mark.parametrize("offset", [0, 100])
 def test_products_of_few_bits_are_enough(rng, tmp_path, offset):
