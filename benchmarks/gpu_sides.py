@@ -57,9 +57,9 @@ class Ours:
         """As of ``Side``."""
         net = self._converter.pitch_net
         assert net is not None
-        return pitch.estimate_f0(
-            net.salience.start, lambda start, stop: audio[start:stop], len(audio)
-        )
+        signal = pitch.Signal(lambda start, stop: audio[start:stop], len(audio))
+        settings = pitch.PitchSettings(batch_frames=net.batch_frames)
+        return pitch.estimate_all(net.salience.start, [signal], settings)[0]
 
     def synthesizer(self, inputs: SynthesisInputs) -> np.ndarray:
         """As of ``Side``."""
@@ -72,7 +72,10 @@ class Ours:
 
     def convert_many(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
         """As of ``Side``."""
-        return [self.convert(clip) for clip in clips]
+        converted = self._converter.convert_many(
+            clips, common.SAMPLE_RATE, self._options
+        )
+        return [conversion.audio for conversion in converted]
 
 
 class KeptNoise:

@@ -13,8 +13,8 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array
-from rvc_mlx.decoding import decode, sample_latent
+from rvc_mlx.arrays import Array, one_ahead
+from rvc_mlx.decoding import Piece, sample_latents, start_windows
 from rvc_mlx.engine import Run, Seam, Step, fingerprint
 from rvc_mlx.loading import Engine, Voice, read_weights
 from rvc_mlx.models.layers import load_strictly
@@ -122,12 +122,17 @@ class OurSynthesis:
 
     def synthesize(self, features: np.ndarray, f0: np.ndarray) -> np.ndarray:
         """Audio of all frames but the margins; the latent stays where it was made."""
-        whole = Segment(0, 0, 0, 0, len(f0))
-        given = self._voice, features, f0, self._speaker, whole, self._noise
-        return self.decode(sample_latent(*given), f0)
+        z = sample_latents(self._voice, features[None], [self._piece(f0)])
+        return self.decode(z, f0)
 
     def decode(self, z: Array, f0: np.ndarray) -> np.ndarray:
         """Source and vocoder: audio of all frames but the margins."""
+        report = Report()
+        begun = start_windows(self._voice, z, [self._piece(f0)], report)
+        return np.concatenate(
+            [audio for windows in one_ahead(begun) for _, audio in windows.read(report)]
+        )
+
+    def _piece(self, f0: np.ndarray) -> Piece:
         kept = Segment(0, 0, 0, self.margin, len(f0) - self.margin)
-        blocks = decode(self._voice, z, f0, self._speaker, kept, self._noise, Report())
-        return np.concatenate(list(blocks))
+        return Piece(kept, f0, self._speaker, self._noise)

@@ -14,7 +14,7 @@ import argparse
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def _count_gru(work: Work, gru: GRU, x: mx.array) -> mx.array:
 
 @dataclass
 class Recorded:
-    """A bound seam that keeps what it was last given."""
+    """A bound seam that counts its calls and keeps what it was last given."""
 
     seam: Seam
     run: Run
@@ -158,6 +158,13 @@ class RecordingEngine:
         """The seam on the engine inside."""
         self.recorded.append(Recorded(seam, self._engine.bind(seam)))
         return self.recorded[-1]
+
+    def watch(self, call: Callable[[], Any]) -> list[Recorded]:
+        """The seams that one ``call`` runs, as it leaves them: later calls do not count."""
+        for stage in self.recorded:
+            stage.calls = 0
+        call()
+        return [replace(stage) for stage in self.recorded if stage.calls]
 
 
 def kernel_times(call: Callable[[], Any], runs: int) -> dict[str, tuple[float, float]]:
@@ -248,19 +255,17 @@ def measure(arguments: argparse.Namespace, sides: Sides) -> int:
     clip = common.real_audio(arguments.seconds, arguments.audio)
     watched = Sides(engine, sides.backend, sides.precision, sides.torch)  # type: ignore[arg-type]
     ours = converter(files, watched)
-    for _ in range(2):
-        for stage in engine.recorded:
-            stage.calls = 0
-        convert_ours(ours, clip, 1.0)
-    whole = median_time(lambda: convert_ours(ours, clip, 1.0), arguments.runs)
+
+    def convert() -> Any:
+        return convert_ours(ours, clip, 1.0)
+
+    convert()
+    stages = engine.watch(convert)
+    whole = median_time(convert, arguments.runs)
     dtypes = {"bf16": mx.bfloat16, "f16": mx.float16}
     dtype = dtypes.get(sides.engine.precision, mx.float32)
     roof = measure_roof(dtype)
-    rows = [
-        profile_stage(stage, dtype, roof, arguments.runs)
-        for stage in engine.recorded
-        if stage.given
-    ]
+    rows = [profile_stage(stage, dtype, roof, arguments.runs) for stage in stages]
     print(_report(rows, whole, roof))
     save(
         arguments, sides, "profile", files._asdict(), whole=whole, roof=roof, rows=rows

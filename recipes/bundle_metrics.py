@@ -9,7 +9,8 @@ from typing import Any
 from rvc_mlx.training.files import read_json
 
 _NETWORKS = {"content": "contentvec", "pitch": "rmvpe"}
-_LEFT_OUT = {"benchmark", "environment", "packages", "network"}  # of a report
+# How it was measured, and verdicts: these stay in the report.
+_LEFT_OUT = {"benchmark", "environment", "packages", "network", "goals"}
 
 Figures = dict[str, dict[str, Any]]
 

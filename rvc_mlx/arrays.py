@@ -6,13 +6,14 @@ either, and only what needs the host asks for numpy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 Array = np.ndarray | mx.array
+Item = TypeVar("Item")
 
 
 def array_module(x: Array) -> Any:
@@ -25,15 +26,57 @@ def to_host(x: Array) -> np.ndarray:
     return np.asarray(x)
 
 
-def one_ahead(items: Iterable[Array]) -> Iterator[Array]:
-    """The same arrays, each given once the next one is begun.
+def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each given once the next one is begun.
 
     So a device computes one while the host reads the one before.
     """
-    begun: Array | None = None
+    waiting: list[Item] = []
     for item in items:
-        if begun is not None:
-            yield begun
-        begun = item
-    if begun is not None:
-        yield begun
+        waiting.append(item)
+        if len(waiting) == 2:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def neighbours(
+    items: Iterable[Item],
+    key: Callable[[Item], object],
+    weight: Callable[[Item], float],
+    most: float,
+) -> Iterator[list[Item]]:
+    """Runs of neighbours that can be computed together.
+
+    Args:
+        items: taken one by one, none before it is needed.
+        key: equal for items that can be together, such as their length.
+        weight: what an item costs.
+        most: what the items of a run may cost together; one alone may cost more.
+    """
+    run: list[Item] = []
+    total = 0.0
+    for item in items:
+        if run and (key(item) != key(run[0]) or total + weight(item) > most):
+            yield run
+            run, total = [], 0.0
+        run.append(item)
+        total += weight(item)
+        if total >= most:
+            yield run
+            run, total = [], 0.0
+    if run:
+        yield run
+
+
+def together(arrays: Sequence[Array]) -> Array:
+    """Arrays ``[1, ...]`` of one shape as ``[B, ...]``; the same one again costs nothing."""
+    first = arrays[0]
+    if len(arrays) == 1:
+        return first
+    xp = array_module(first)
+    joined: Array
+    if all(array is first for array in arrays):
+        joined = xp.broadcast_to(first, (len(arrays), *first.shape[1:]))
+    else:
+        joined = xp.concatenate(arrays)
+    return joined

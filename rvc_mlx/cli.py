@@ -316,22 +316,15 @@ def _convert_all(
     manifest: Manifest | None,
 ) -> int:
     """Convert every task; returns how many failed."""
+    if manifest is None:
+        for task in tasks:
+            _convert_one(converter, task, options, arguments)
+        return 0
     pending, refused = _pending(tasks, None if arguments.force else manifest)
-    failed = len(refused)
-    for task in pending:
-        try:
-            report = _convert_one(converter, task, options, arguments)
-        except (ValueError, OSError, MemoryError) as error:
-            if not manifest:
-                raise
-            failed += 1
-            message = _one_line(error)
-            print(f"rvc-mlx: {message}", file=sys.stderr, flush=True)
-            manifest.record(task, status="failed", error=message)
-        else:
-            if manifest:
-                manifest.record(task, status="done", seconds=report.seconds)
-    if failed and manifest:
+    failed = len(refused) + _convert_many(
+        converter, pending, options, arguments, manifest
+    )
+    if failed:
         print(f"rvc-mlx: {failed} of {len(tasks)} failed", file=sys.stderr)
     return failed
 
@@ -378,6 +371,84 @@ def _convert_one(
         flush=True,
     )
     return report
+
+
+def _convert_many(
+    converter: VoiceConverter,
+    tasks: Sequence[Task],
+    options: ConversionOptions,
+    arguments: argparse.Namespace,
+    manifest: Manifest,
+) -> int:
+    """Convert files and note what became of each; returns how many failed."""
+    failed, seconds, start = 0, 0.0, time.perf_counter()
+
+    def fail(task: Task, error: Exception) -> None:
+        nonlocal failed
+        failed += 1
+        message = _one_line(error)
+        print(f"rvc-mlx: {message}", file=sys.stderr, flush=True)
+        manifest.record(task, status="failed", error=message)
+
+    placed = []
+    for task in tasks:
+        try:
+            _make_folder(task.target.parent)
+        except OSError as error:
+            fail(task, error)
+        else:
+            placed.append(task)
+    with _Bars([task.source.name for task in placed]) as bars:
+        for number, result in converter.convert_files(
+            [(task.source, task.target) for task in placed],
+            options,
+            subtype=SUBTYPES.get(arguments.bits or ""),
+            progress=bars.update,
+        ):
+            bars.stop()
+            task = placed[number]
+            if isinstance(result, Exception):
+                fail(task, result)
+                continue
+            seconds += result.seconds
+            told = f"{task.source} -> {task.target}: {result.seconds:.1f} s of audio"
+            print(told, flush=True)
+            manifest.record(task, status="done", seconds=result.seconds)
+    if done := len(tasks) - failed:
+        spent = time.perf_counter() - start
+        print(
+            f"{done} done: {seconds:.1f} s of audio in {spent:.1f} s, "
+            f"{seconds / spent:.1f} x realtime",
+            flush=True,
+        )
+    return failed
+
+
+class _Bars:
+    """The bar of the file that is written, one file after the other."""
+
+    def __init__(self, names: Sequence[str]):
+        self._names = names
+        self._shown: tuple[int, _Progress] | None = None
+
+    def __enter__(self) -> _Bars:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._shown:
+            self._shown[1].__exit__()
+            self._shown = None
+
+    def update(self, number: int, done: float, total: float) -> None:
+        """Show seconds done of a file."""
+        if self._shown is None or self._shown[0] != number:
+            self.stop()
+            self._shown = number, _Progress(self._names[number]).__enter__()
+        self._shown[1].update(done, total)
 
 
 class _Progress:

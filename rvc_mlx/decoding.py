@@ -3,113 +3,153 @@
 A window brings the vocoder's receptive field as context on both sides, so the result is
 what decoding the whole segment at once would give, in bounded memory. All are as long as
 the engine lets them be, the last one only as long as needed, in the engine's steps.
+Segments of one length share the networks' calls, and neighbouring windows of one length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, one_ahead, to_host
+from rvc_mlx.arrays import Array, array_module, neighbours, to_host, together
 from rvc_mlx.loading import Voice
 from rvc_mlx.noise import Noise
 from rvc_mlx.report import Report
 from rvc_mlx.segments import Segment
 
+Draw = Callable[..., Array]
 
-def sample_latent(
-    voice: Voice,
-    features: Array,
-    f0: np.ndarray | None,
-    speaker: np.ndarray,
-    segment: Segment,
-    noise: Noise,
-) -> Array:
-    """Text encoder, prior sample and inverse flow of a segment.
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment, and what its conversion draws on.
+
+    Attributes:
+        segment: its number is part of the noise's key.
+        f0: ``[T]`` in Hz, None for a voice without F0.
+        speaker: embedding ``[1, 1, gin_channels]`` float32.
+        noise: where randomness comes from.
+        owner: whose it is.
+    """
+
+    segment: Segment
+    f0: np.ndarray | None
+    speaker: np.ndarray
+    noise: Noise
+    owner: object = None
+
+    def drawing(self, draw: Draw) -> Draw:
+        """``draw`` for this segment: ``[1, rows, channels]`` of a name and a range."""
+        return lambda name, *shape: draw(self.noise, name, self.segment.number, *shape)
+
+
+def sharing_draws() -> Draw:
+    """Noise for pieces that are computed together; what several draw is made once."""
+    return cache(lambda noise, name, *key: noise.normal(name, *key)[None])
+
+
+def sample_latents(voice: Voice, features: Array, pieces: Sequence[Piece]) -> Array:
+    """Text encoder, prior sample and inverse flow of segments.
 
     Args:
         voice: the voice.
-        features: ``[T, feature_size]`` float32, 100 frames per second.
-        f0: ``[T]`` in Hz, None for a voice without F0.
-        speaker: embedding ``[1, 1, gin_channels]`` float32.
-        segment: its number is part of the noise's key.
-        noise: source of the prior's noise.
+        features: ``[B, T, feature_size]`` float32, 100 frames per second.
+        pieces: ``B`` segments of ``T`` frames.
 
     Returns:
-        ``[1, T, inter_channels]`` float32, where the engine made it.
+        ``[B, T, inter_channels]`` float32, where the engine made it.
     """
-    T, width = len(features), voice.config.inter_channels
-    draw = noise.normal("prior", segment.number, 0, T, 1, width)
-    inputs = [features[None], draw[None], speaker]
-    if f0 is not None:
-        inputs.append(pitch.quantize_f0(f0)[None])
+    T, width, draw = features.shape[1], voice.config.inter_channels, sharing_draws()
+    noise = [piece.drawing(draw)("prior", 0, T, 1, width) for piece in pieces]
+    inputs = [features, together(noise), together([p.speaker for p in pieces])]
+    if voice.config.f0:
+        inputs.append(np.stack([pitch.quantize_f0(_f0(piece)) for piece in pieces]))
     return voice.prior.start(*inputs)
 
 
-def decode(
-    voice: Voice,
-    z: Array,
-    f0: np.ndarray | None,
-    speaker: np.ndarray,
-    segment: Segment,
-    noise: Noise,
-    report: Report,
-) -> Iterator[np.ndarray]:
-    """Decode the kept frames of a segment; a window is begun before the last is read.
+def _f0(piece: Piece) -> np.ndarray:
+    assert piece.f0 is not None
+    return piece.f0
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Frames of a piece that are decoded at once, and how many of them are kept."""
+
+    piece: Piece
+    z: Array  # [T, C] of the whole segment
+    oscillator: Oscillator | None
+    first: int  # that is kept; the context begins before it
+    length: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows under way: ``audio`` ``[B, n]`` may still be computing."""
+
+    voice: Voice
+    windows: Sequence[_Window]
+    audio: Array
+
+    def read(self, report: Report) -> Iterator[tuple[Piece, np.ndarray]]:
+        """Each window's piece and its audio ``[n]`` float32, at the voice's rate."""
+        with report.stage("vocoder"):
+            audio = to_host(self.audio)
+        U, context = self.voice.config.samples_per_frame, self.voice.context
+        for window, row in zip(self.windows, audio, strict=True):
+            yield window.piece, row[context * U : (context + window.kept) * U]
+
+
+def start_windows(
+    voice: Voice, z: Array, pieces: Sequence[Piece], report: Report
+) -> Iterator[Windows]:
+    """Begin to decode the kept frames of segments, window by window, in order.
 
     Args:
         voice: the voice.
-        z: latent ``[1, T, inter_channels]`` float32 of the whole segment.
-        f0: ``[T]`` in Hz, None for a voice without F0.
-        speaker: embedding ``[1, 1, gin_channels]`` float32.
-        segment: which frames are kept; its number is part of the noise's key.
-        noise: source of the excitation's noise.
-        report: takes the time of the stages, and the places of the joins.
+        z: latents ``[B, T, inter_channels]`` float32 of whole segments.
+        pieces: ``B`` segments.
+        report: takes the time of the stages.
 
     Yields:
-        Audio ``[n]`` float32 at the voice's rate, ``(last - first) * U`` samples in all.
+        Neighbouring windows; a piece's have ``(last - first) * U`` samples in all.
     """
-    for audio in one_ahead(_windows(voice, z, f0, speaker, segment, noise, report)):
+    planned = (
+        w for zi, piece in zip(z, pieces, strict=True) for w in _plan(voice, zi, piece)
+    )
+    length = lambda window: window.length  # noqa: E731 (twice, on the next line)
+    for batch in neighbours(planned, length, length, voice.batch_frames):
+        inputs = [
+            together(
+                [_cut(w.z, w.first - voice.context, w.length)[None] for w in batch]
+            ),
+            together([w.piece.speaker for w in batch]),
+        ]
+        with report.stage("source"):
+            inputs += _excitation(voice, batch)
         with report.stage("vocoder"):
-            block = to_host(audio)
-        yield block
+            audio = voice.vocoder.start(*inputs)
+        yield Windows(voice, batch, audio)
 
 
-def _windows(
-    voice: Voice,
-    z: Array,
-    f0: np.ndarray | None,
-    speaker: np.ndarray,
-    segment: Segment,
-    noise: Noise,
-    report: Report,
-) -> Iterator[Array]:
-    """Audio ``[n]`` of the windows, where the engine computes it; see ``decode``."""
-    U = voice.config.samples_per_frame
-    most, step = voice.window - 2 * voice.context, voice.window_step
-    oscillator = None if f0 is None else Oscillator(voice, f0, noise, segment.number)
+def _plan(voice: Voice, z: Array, piece: Piece) -> Iterator[_Window]:
+    segment, oscillator = piece.segment, None
+    if voice.config.f0:
+        oscillator = Oscillator(voice, _f0(piece), piece)
     first = segment.first
     while first < segment.last:
-        place = segment.start // pitch.FRAME_LENGTH + first - segment.first
-        if place:
-            report.joins.append(place / pitch.FRAME_RATE)
-        core = min(most, -(-(segment.last - first) // step) * step)
-        start, length = first - voice.context, core + 2 * voice.context
-        inputs = [_window(z[0], start, length)[None], speaker]
-        if oscillator:
-            with report.stage("source"):
-                inputs += oscillator.window(start, length)
-        count = min(core, segment.last - first)
-        first += count
-        with report.stage("vocoder"):
-            audio = voice.vocoder.start(*inputs)[0]
-            audio = audio[voice.context * U : (voice.context + count) * U]
-        yield audio
+        length = voice.window_frames(segment.last - first)
+        kept = min(length - 2 * voice.context, segment.last - first)
+        yield _Window(piece, z, oscillator, first, length, kept)
+        first += kept
 
 
-def _window(frames: Array, start: int, length: int) -> Array:
+def _cut(frames: Array, start: int, length: int) -> Array:
     """Frames ``start..start + length`` of ``[T, C]``, zeros beyond the end."""
     piece = frames[start : start + length]
     missing = length - piece.shape[0]
@@ -117,55 +157,57 @@ def _window(frames: Array, start: int, length: int) -> Array:
 
 
 class Oscillator:
-    """Excitation and noises of any window of a segment."""
+    """Excitation of any window of a segment, before its network."""
 
-    def __init__(self, voice: Voice, f0: np.ndarray, noise: Noise, segment: int):
+    def __init__(self, voice: Voice, f0: np.ndarray, piece: Piece):
         U = voice.config.samples_per_frame
         cycles = pitch.sample_cycles(f0, U, voice.glides)
         self._start = pitch.frame_phases(cycles)
         self._cycles = cycles[:, : U if voice.glides else 1].astype(np.float32)
-        offset = noise.uniform("phase", segment, voice.harmonics)
+        offset = piece.noise.uniform("phase", piece.segment.number, voice.harmonics)
         offset[0] = 0  # the fundamental starts at phase 0
         self._offset = offset[None, None]
-        self._voice, self._noise, self._segment = voice, noise, segment
 
-    def window(self, start: int, frames: int) -> list[Array]:
-        """Vocoder inputs after the speaker, for a window from frame ``start``."""
-        voice, U = self._voice, self._voice.config.samples_per_frame
-        assert voice.source is not None
-        begin = start - voice.source_context
-        length = frames + 2 * voice.source_context
-        noise = self._noise.normal(
-            "source", self._segment, begin, begin + length, U, voice.harmonics
+    def inputs(self, start: int, length: int) -> list[Array]:
+        """Cycles, phases and phase offset of frames ``start..start + length``."""
+        cycles, phases = (
+            _cut(values, start, length)[None] for values in (self._cycles, self._start)
         )
-        source = voice.source.start(
-            _window(self._cycles, begin, length)[None],
-            _window(self._start, begin, length)[None],
-            self._offset,
-            noise[None],
-        )
-        return [
-            source,
-            *(
-                self._stage_noise(start, frames, i)
-                for i in range(len(voice.noise_shapes))
-            ),
-        ]
+        return [cycles, phases, self._offset]
 
-    def _stage_noise(self, start: int, frames: int, stage: int) -> Array:
-        per_frame, channels = self._voice.noise_shapes[stage]
-        stop = start + frames
+
+def _excitation(voice: Voice, windows: Sequence[_Window]) -> list[Array]:
+    """Vocoder inputs after the speaker: nothing, or the source and a stage's noises."""
+    if voice.source is None:
+        return []
+    U, draw, rows = voice.config.samples_per_frame, sharing_draws(), []
+    margin = voice.source_context
+    for window in windows:
+        assert window.oscillator is not None
+        start = window.first - voice.context - margin
+        length = window.length + 2 * margin
+        noise = window.piece.drawing(draw)(
+            "source", start, start + length, U, voice.harmonics
+        )
+        rows.append([*window.oscillator.inputs(start, length), noise])
+    source = voice.source.start(*map(together, zip(*rows, strict=True)))
+    stages = range(len(voice.noise_shapes))
+    return [source, *(_stage_noise(voice, windows, draw, i) for i in stages)]
+
+
+def _stage_noise(
+    voice: Voice, windows: Sequence[_Window], draw: Draw, stage: int
+) -> Array:
+    """Noises of a stage's six places side by side, ``[B, rows, 6 * channels]``."""
+    rows = []
+    for window in windows:
+        start = window.first - voice.context
+        shape = (start, start + window.length, *voice.noise_shapes[stage])
+        drawn = window.piece.drawing(draw)
         parts = [
-            self._noise.normal(
-                f"adain.{stage}.{branch}.{place}",
-                self._segment,
-                start,
-                stop,
-                per_frame,
-                channels,
-            )
+            drawn(f"adain.{stage}.{branch}.{place}", *shape)
             for branch in range(3)
             for place in (0, 2)
         ]
-        joined: Array = array_module(parts[0]).concatenate(parts, axis=1)[None]
-        return joined
+        rows.append(array_module(parts[0]).concatenate(parts, axis=2))
+    return together(rows)

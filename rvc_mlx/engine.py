@@ -23,11 +23,14 @@ import mlx.core as mx
 import numpy as np
 
 from rvc_mlx.arrays import Array, to_host
+from rvc_mlx.device_index import DeviceIndex
+from rvc_mlx.feature_index import Index
 from rvc_mlx.fused_blocks import FusedBlocks
 from rvc_mlx.gru_kernel import checked, supports
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU
 from rvc_mlx.noise import DeviceNoise, Noise
+from rvc_mlx.retrieval import Blend, blending
 
 log = logging.getLogger("rvc_mlx")
 
@@ -38,6 +41,8 @@ _DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 # Kernels of past lengths that OpenVINO keeps per network, and oneDNN under it. By default
 # every new length adds 3 MB a network for ever; making them again takes milliseconds.
 _KEPT_KERNELS, _KEPT_PRIMITIVES = 0, "16"
+_BATCHES = 64  # times that the largest array of a batch would fit into a GPU
+_INDEXES = 8  # times that the largest index searched there would
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
 
 Step = Callable[..., mx.array]
@@ -84,6 +89,9 @@ class MLXEngine:
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
         window_frames: most frames that the vocoder decodes at once.
         window_step: windows are a multiple of it, up to that.
+        batch_bytes: most memory for the largest array of inputs that are computed
+            together, all arrays of a network take several times as much; 0 where one
+            input keeps the device busy.
     """
 
     window_frames = 3072
@@ -94,6 +102,9 @@ class MLXEngine:
         self._fast_products = tf32 or precision != "f32"
         self.precision = precision
         self.device = describe_device(device)
+        memory = _gpu_memory(device)
+        self.batch_bytes = memory // _BATCHES
+        self._index_bytes = memory // _INDEXES
 
     def bind(self, seam: Seam) -> Run:
         """The seam on this device; weights are loaded at its first run."""
@@ -103,6 +114,17 @@ class MLXEngine:
         """Random numbers where they will be used."""
         on_host = self._device == mx.Device(mx.cpu)
         return Noise(seed) if on_host else DeviceNoise(seed)
+
+    def blending(self, index: Index) -> Blend:
+        """Retrieval where the features are; on the host if the vectors fill a GPU."""
+        if DeviceIndex.memory(index) > self._index_bytes:
+            if self._index_bytes:
+                log.info("%s is searched on the host: it is too large", index.path)
+            return blending(index)
+        searched = DeviceIndex(index)
+        return lambda features, rate, exact: searched.blend(
+            mx.array(features), rate, exact=exact
+        )
 
     def _prepared(self, step: Step) -> Step:
         """The step as this device does it best."""
@@ -154,9 +176,11 @@ class OpenVINOEngine:
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
         window_frames: most frames that the vocoder decodes at once.
         window_step: windows are a multiple of it, up to that.
+        batch_bytes: 0, networks are compiled for one input at a time.
     """
 
     window_frames = window_step = 128  # one length, for which the vocoder is compiled
+    batch_bytes = 0
 
     def __init__(self, precision: str, cache: Path | None):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_PRIMITIVES)
@@ -182,6 +206,10 @@ class OpenVINOEngine:
     def noise(self, seed: int) -> Noise:
         """Random numbers where they will be used."""
         return Noise(seed)
+
+    def blending(self, index: Index) -> Blend:
+        """Retrieval where the features are."""
+        return blending(index)
 
     def _options(self, seam: Seam) -> dict[str, Any]:
         precision = "f32" if seam.exact else self.precision
@@ -342,6 +370,14 @@ def describe_device(device: mx.Device) -> str:
     info = mx.device_info(device)
     backend = "CUDA" if mx.cuda.is_available() else "Metal"
     return f"GPU ({info.get('device_name', 'unknown')}, MLX {backend})"
+
+
+def _gpu_memory(device: mx.Device) -> int:
+    """Bytes of a GPU's memory; 0 for MLX's CPU back end."""
+    if device == mx.Device(mx.cpu):
+        return 0
+    info = mx.device_info(device)  # the name of the figure depends on the back end
+    return int(info.get("total_memory", info.get("memory_size", 0)))
 
 
 def gpu_available() -> bool:

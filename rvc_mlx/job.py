@@ -1,18 +1,15 @@
-"""One conversion under way: the steps between a spooled recording and its output."""
+"""One recording on its way: the steps before, between and after the networks."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, one_ahead, to_host
 from rvc_mlx.audio import SAMPLE_RATE, high_pass_spool, resample_blocks
-from rvc_mlx.decoding import decode, sample_latent
+from rvc_mlx.decoding import Piece
 from rvc_mlx.loading import Encoder, PitchNet, Voice
 from rvc_mlx.loudness import (
     Envelope,
@@ -27,7 +24,7 @@ from rvc_mlx.machine import in_parallel
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
-from rvc_mlx.retrieval import Index, blend_features
+from rvc_mlx.retrieval import Blend
 from rvc_mlx.segments import FRAME, Segment, pad_frames, plan_segments
 from rvc_mlx.spool import BLOCK, Spool
 
@@ -38,17 +35,32 @@ Progress = Callable[[float, float], None]
 
 @dataclass(frozen=True)
 class Nets:
-    """What a conversion runs on; see ``VoiceConverter``."""
+    """What a conversion runs on; see ``VoiceConverter``.
+
+    Attributes:
+        blend: retrieval, None without an index.
+        noise: a seed to its random numbers.
+    """
 
     voice: Voice
     encoder: Encoder
     pitch_net: PitchNet | None
-    index: Index | None
+    blend: Blend | None
     noise: Callable[[int], Noise] = Noise
 
 
 class Job:
-    """One conversion under way."""
+    """One recording on its way: what is done to it between the networks.
+
+    Attributes:
+        options: how it is converted.
+        length: samples at 16 kHz that the networks hear, about.
+        segments: once it is prepared.
+        f0: shifted F0 ``[T]`` of the padded recording in Hz, once it is known; None for
+            a voice without F0.
+        joins: where windows or segments met so far in its output, seconds from its start.
+        failure: what went wrong while it was prepared.
+    """
 
     def __init__(
         self,
@@ -57,9 +69,8 @@ class Job:
         source_frames: int,
         source_rate: int,
         options: ConversionOptions,
-        noise: Noise | None,
-        f0: np.ndarray | None,
-        report: Report | None = None,
+        noise: Noise | None = None,
+        f0: np.ndarray | None = None,
     ):
         voice = nets.voice
         if len(source) < MIN_SAMPLES:
@@ -68,171 +79,142 @@ class Job:
                 "expected 10 ms or more"
             )
         _check_options(voice, options)
-        _check_f0(voice, f0, len(source) // FRAME + 2 * pad_frames(options))
-        self.nets, self.voice, self.options = nets, voice, options
+        self._pad = pad_frames(options)
+        _check_f0(voice, f0, len(source) // FRAME + 2 * self._pad)
+        self.voice, self.options = voice, options
         self.source = source
+        self.length = len(source) + 2 * self._pad * FRAME
         self.noise = noise or nets.noise(options.seed)
         self.given_f0 = f0
-        self.report = report or Report()
         self.output_rate = options.output_rate or voice.config.sample_rate
         self.target = round(source_frames * self.output_rate / source_rate)
         self.speaker = voice.speakers[options.speaker][None, None]
+        self.segments: list[Segment] = []
+        self.f0: np.ndarray | None = None
+        self.joins: list[float] = []
+        self.failure: Exception | None = None
 
-    def run(self, progress: Progress | None = None) -> Iterator[np.ndarray]:
-        """Blocks of the result, from its first sample on."""
-        finished, gain = self._finished(progress)
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forget the recording."""
+        self.source.close()
+        if hasattr(self, "_filtered"):
+            self._filtered.close()
+
+    def prepare(self) -> None:
+        """Filter the recording and plan its segments; see ``failure``."""
+        try:
+            gain = normalize_gain(peak(self.source.blocks()))
+            self._filtered = high_pass_spool(self.source, gain=gain)
+            self.segments = plan_segments(self._filtered, self.options)
+            if all(segment.last <= segment.first for segment in self.segments):
+                raise ValueError(
+                    "the recording is so short that the original gives nothing for it; "
+                    "expected 25 ms or more with reference_lengths"
+                )
+            self._gate = SilenceGate(self.source)
+        except (ValueError, OSError) as error:
+            self.failure = error
+
+    def heard(self, segment: Segment) -> np.ndarray:
+        """What the encoder hears of a segment: ``[samples]`` float32 at 16 kHz."""
+        start = segment.start - self._pad * FRAME
+        return self._filtered.read_reflected(start, start + segment.samples)
+
+    def signal(self) -> pitch.Signal:
+        """The padded recording, whose F0 is wanted."""
+        pad = self._pad * FRAME
+        return pitch.Signal(
+            lambda start, stop: self._filtered.read_reflected(start - pad, stop - pad),
+            self._padded_length(),
+        )
+
+    def _padded_length(self) -> int:
+        return self.segments[-1].start + self.segments[-1].samples
+
+    def take_f0(self, f0: np.ndarray) -> None:
+        """Keep F0 ``[T]`` in Hz of the padded recording, with the changes asked for."""
+        missing = self._padded_length() // FRAME + 1 - len(f0)
+        self.f0 = self._changed_f0(np.pad(f0, (0, max(0, missing))))
+
+    def piece(self, segment: Segment) -> Piece:
+        """A segment, ready for the voice."""
+        f0 = self.f0
+        if f0 is not None:
+            first = segment.start // FRAME
+            f0 = f0[first : first + segment.frames]
+        return Piece(segment, f0, self.speaker, self.noise, self)
+
+    def blocks(
+        self,
+        raw: Iterator[np.ndarray],
+        report: Report,
+        progress: Progress | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Blocks of the result, from its first sample on.
+
+        Args:
+            raw: the segments' output at the voice's rate.
+            report: takes the time of the stages.
+            progress: called with seconds done and seconds in all.
+        """
+        finished, gain = self._finished(raw, report, progress)
         with finished:
             for block in finished.blocks():
                 yield block if gain == 1 else gain * block
 
-    def whole(self) -> np.ndarray:
-        """The result in one piece."""
-        finished, gain = self._finished(None)
+    def whole(self, raw: Iterator[np.ndarray], report: Report) -> np.ndarray:
+        """The result in one piece; see ``blocks``."""
+        finished, gain = self._finished(raw, report, None)
         audio = finished.take()
         if gain != 1:
             audio *= gain
         return audio
 
-    def _finished(self, progress: Progress | None) -> tuple[Spool, np.float32]:
+    def _finished(
+        self, raw: Iterator[np.ndarray], report: Report, progress: Progress | None
+    ) -> tuple[Spool, np.float32]:
         """The result before its limiter, and the gain of that."""
-        with self.report.stage("prepare"):
-            gain = normalize_gain(peak(self.source.blocks()))
-            filtered = high_pass_spool(self.source, gain=gain)
-        with filtered, ExitStack() as stack:
-            with self.report.stage("prepare"):
-                segments = plan_segments(filtered, self.options)
-                if all(segment.last <= segment.first for segment in segments):
-                    raise ValueError(
-                        "the recording is so short that the original gives nothing for "
-                        "it; expected 25 ms or more with reference_lengths"
-                    )
-            encoded = one_ahead(self._encoded(filtered, segments))
-            first = next(encoded)  # a device computes it beside the host's part of F0
-            gate = None if self.options.reference_lengths else SilenceGate(self.source)
-            with self.report.stage("pitch"):
-                f0 = self._f0(filtered, segments)
-            blocks = self._converted(segments, itertools.chain([first], encoded), f0)
-            if progress:
-                blocks = self._observed(blocks, progress)
-            if self.options.volume_envelope != 1:
-                blocks = self._matched(blocks, filtered)
-            finished = stack.enter_context(self.source.like(expected=self.target))
-            loudest = 0.0
-            with self.report.stage("finish"):
-                for block in self._fitted(blocks, gate):
+        raw = self._observed(raw, progress)
+        if self.options.volume_envelope != 1:
+            raw = self._matched(raw)
+        finished = self.source.like(expected=self.target)
+        loudest = 0.0
+        try:
+            with report.stage("finish"):
+                for block in self._fitted(raw):
                     finished.append(block)
                     loudest = max(loudest, peak([block]))
-            if progress:
-                total = len(self.source) / SAMPLE_RATE
-                progress(total, total)
-            stack.pop_all()  # the caller's from now on
-            return finished, np.float32(limit_gain(loudest))
+        except BaseException:
+            finished.close()
+            raise
+        if progress:
+            total = len(self.source) / SAMPLE_RATE
+            progress(total, total)
+        return finished, np.float32(limit_gain(loudest))
 
     def _observed(
-        self, blocks: Iterator[np.ndarray], progress: Progress
+        self, blocks: Iterator[np.ndarray], progress: Progress | None
     ) -> Iterator[np.ndarray]:
-        """The same blocks at the voice's rate, each told to ``progress`` first."""
-        done, total = 0, len(self.source) / SAMPLE_RATE
+        """The same blocks at the voice's rate; keeps their joins, tells ``progress``."""
+        done, rate = 0, self.voice.config.sample_rate
+        total = len(self.source) / SAMPLE_RATE
         for block in blocks:
+            if done:
+                self.joins.append(done / rate)
             done += len(block)
-            progress(min(done / self.voice.config.sample_rate, total), total)
+            if progress:
+                progress(min(done / rate, total), total)
             yield block
 
-    def _f0(self, filtered: Spool, segments: Sequence[Segment]) -> np.ndarray | None:
-        """Shifted F0 ``[T]`` of the padded recording in Hz; None without F0."""
-        net = self.nets.pitch_net
-        if net is None:
-            return None
-        options = self.options
-        pad = pad_frames(options) * FRAME
-        length = segments[-1].start + segments[-1].samples
-        if self.given_f0 is not None:
-            f0 = np.pad(
-                self.given_f0, (0, max(0, length // FRAME + 1 - len(self.given_f0)))
-            )
-        else:
-            f0 = pitch.estimate_f0(
-                net.salience.start,
-                lambda start, stop: filtered.read_reflected(start - pad, stop - pad),
-                length,
-                net.config.n_mels,
-                options.f0_threshold,
-                net.frames_multiple,
-                options.mel_padding,
-            )
-        return self._changed_f0(f0)
-
-    def _changed_f0(self, f0: np.ndarray) -> np.ndarray:
-        """Apply autotune, proposal, shift and pitch file, in this order."""
-        options = self.options
-        shift = options.pitch
-        if options.f0_autotune:
-            f0 = pitch.autotune_f0(f0, options.f0_autotune_strength)
-        if options.proposed_pitch:
-            shift += pitch.propose_shift(f0, options.proposed_pitch_threshold)
-        f0 = pitch.shift_f0(f0, shift)
-        if options.f0_file:
-            points = pitch.read_f0_file(options.f0_file)
-            f0 = pitch.overlay_f0(f0, points, pad_frames(options))
-        return f0
-
-    def _encoded(self, filtered: Spool, segments: Sequence[Segment]) -> Iterator[Array]:
-        """Content features ``[F, C]`` of each segment."""
-        for segment in segments:
-            start = segment.start - pad_frames(self.options) * FRAME
-            audio = filtered.read_reflected(start, start + segment.samples)
-            with self.report.stage("content"):
-                features = self.nets.encoder.start(audio, self.voice.config.version)
-            yield features
-
-    def _converted(
-        self,
-        segments: Sequence[Segment],
-        encoded: Iterable[Array],
-        f0: np.ndarray | None,
-    ) -> Iterator[np.ndarray]:
-        """Blocks of the segments' output at the voice's rate."""
-        for segment, raw in zip(segments, encoded, strict=True):
-            yield from self._convert_segment(segment, raw, f0)
-
-    def _convert_segment(
-        self, segment: Segment, raw: Array, f0: np.ndarray | None
-    ) -> Iterator[np.ndarray]:
-        """Blocks of the segment's output at the voice's rate."""
-        frames = segment.frames
-        if f0 is not None:
-            first = segment.start // FRAME
-            f0 = f0[first : first + frames]
-        with self.report.stage("index"):
-            features = self._features(raw, f0, frames)
-        with self.report.stage("prior"):
-            z = sample_latent(
-                self.voice, features, f0, self.speaker, segment, self.noise
-            )
-        return decode(self.voice, z, f0, self.speaker, segment, self.noise, self.report)
-
-    def _features(self, raw: Array, f0: np.ndarray | None, frames: int) -> Array:
-        """Retrieval, doubling to 100 frames per second, and protection of consonants."""
-        options, index = self.options, self.nets.index
-        if index is None or options.index_rate == 0:
-            doubled: Array = array_module(raw).repeat(raw, 2, axis=0)[:frames]
-            return doubled
-        raw = to_host(raw)
-        doubled = raw.repeat(2, axis=0)[:frames]
-        blended = blend_features(
-            raw, index, options.index_rate, exact=options.index_exact
-        )
-        blended = blended.repeat(2, axis=0)[:frames]
-        if f0 is None or options.protect >= 0.5:
-            return blended
-        share = np.where(f0 < 1, options.protect, 1.0).astype(np.float32)[:, None]
-        return share * blended + (1 - share) * doubled
-
-    def _matched(
-        self, blocks: Iterable[np.ndarray], filtered: Spool
-    ) -> Iterator[np.ndarray]:
+    def _matched(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The blocks with the recording's loudness, which needs all of them first."""
-        points = rms_points(filtered.blocks(), SAMPLE_RATE // 2)
+        points = rms_points(self._filtered.blocks(), SAMPLE_RATE // 2)
         envelope = Envelope(self.voice.config.sample_rate // 2)
         with self.source.like() as raw:
             for block in blocks:
@@ -248,15 +230,27 @@ class Job:
                 range(0, len(raw), BLOCK),
             )
 
-    def _fitted(
-        self, blocks: Iterator[np.ndarray], gate: SilenceGate | None
-    ) -> Iterator[np.ndarray]:
+    def _fitted(self, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         """The blocks with silence where it was, at the output's rate and length."""
         rate = self.voice.config.sample_rate
-        if gate:
-            blocks = _gated(blocks, gate, rate)
-        blocks = resample_blocks(blocks, rate, self.output_rate)
-        return blocks if self.options.reference_lengths else _cut(blocks, self.target)
+        if self.options.reference_lengths:
+            return resample_blocks(blocks, rate, self.output_rate)
+        gated = _gated(blocks, self._gate, rate)
+        return _cut(resample_blocks(gated, rate, self.output_rate), self.target)
+
+    def _changed_f0(self, f0: np.ndarray) -> np.ndarray:
+        """Apply autotune, proposal, shift and pitch file, in this order."""
+        options = self.options
+        shift = options.pitch
+        if options.f0_autotune:
+            f0 = pitch.autotune_f0(f0, options.f0_autotune_strength)
+        if options.proposed_pitch:
+            shift += pitch.propose_shift(f0, options.proposed_pitch_threshold)
+        f0 = pitch.shift_f0(f0, shift)
+        if options.f0_file:
+            points = pitch.read_f0_file(options.f0_file)
+            f0 = pitch.overlay_f0(f0, points, pad_frames(options))
+        return f0
 
 
 def _check_options(voice: Voice, options: ConversionOptions) -> None:

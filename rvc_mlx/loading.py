@@ -34,6 +34,7 @@ from rvc_mlx.models.refinegan import RefineGANGenerator
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
 from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
+from rvc_mlx.spectral import HOP_LENGTH
 
 Engine = MLXEngine | OpenVINOEngine
 Network = TypeVar("Network", bound=nn.Module)
@@ -177,6 +178,7 @@ class Encoder:
     Attributes:
         path: its file.
         config: its sizes.
+        batch_frames: most frames of 10 ms of several recordings to encode together.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine):
@@ -186,6 +188,8 @@ class Encoder:
         folded = fold_weight_norm({k: v for k, v in tensors.items() if "pos_conv" in k})
         shapes = {k: v for k, v in tensors.items() if "pos_conv" not in k} | folded
         self.config = ContentVecConfig.from_tensors(shapes, metadata)
+        widest = HOP_LENGTH // contentvec.FIRST_STRIDE * self.config.conv_dim
+        self.batch_frames = engine.batch_bytes // (4 * widest)
         self._tensors = tensors
         self._engine = engine
         self._runs: dict[str, Run] = {}
@@ -195,8 +199,11 @@ class Encoder:
         return self._run(version)(audio[None])[0]
 
     def start(self, audio: np.ndarray, version: str) -> Array:
-        """As ``encode``, where the engine made it; it may still be computing."""
-        return self._run(version).start(audio[None])[0]
+        """Features ``[B, F, C]`` of ``[B, N]``, where the engine made them.
+
+        They may still be computing.
+        """
+        return self._run(version).start(audio)
 
     def prepare(self, version: str) -> None:
         """Start to get ready for voices of ``"v1"`` or ``"v2"``."""
@@ -242,12 +249,16 @@ class PitchNet:
     Attributes:
         path: its file.
         config: its sizes.
+        batch_frames: most frames of several chunks that go through it together.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine):
         self.path = checkpoint.path
         self._tensors = rmvpe.sanitize(checkpoint.tensors)
         self.config = RMVPEConfig.from_tensors(self._tensors)
+        # The decoder's first join: an image of two halves.
+        widest = 2 * self.config.base_channels * self.config.n_mels
+        self.batch_frames = engine.batch_bytes // (4 * widest)
         self.salience = engine.bind(self.seam())
 
     @property
@@ -281,6 +292,7 @@ class Voice:
         config: its sizes.
         window: most frames of latent that the vocoder takes at once.
         window_step: see the engine's.
+        batch_frames: most frames of several windows that it takes together.
         context: of the window, frames on each side that only serve as context.
         source_context: frames of source beyond the window on each side.
         speakers: embeddings ``[speakers, gin_channels]`` float32.
@@ -313,9 +325,24 @@ class Voice:
         most = min(engine.window_frames, 1024 if self.noise_shapes else 1 << 20)
         self.window_step = min(engine.window_step, most)
         self.window = most + 2 * self.context
+        self.batch_frames = engine.batch_bytes // (4 * self._widest())
         self.prior = engine.bind(self.prior_seam())
         self.source = engine.bind(self.source_seam()) if self.config.f0 else None
         self.vocoder = engine.bind(self.vocoder_seam())
+
+    def _widest(self) -> int:
+        """Numbers of one frame in the vocoder's largest array."""
+        channels, samples, sizes = self.config.upsample_initial_channel, 1, []
+        for rate in self.config.upsample_rates:
+            channels, samples = channels // 2, samples * rate
+            sizes.append(channels * samples)
+        return max(*sizes, *(6 * per * width for per, width in self.noise_shapes))
+
+    def window_frames(self, frames: int) -> int:
+        """Frames of the window that decodes the next of ``frames`` frames to come."""
+        most = self.window - 2 * self.context
+        core = min(most, -(-frames // self.window_step) * self.window_step)
+        return core + 2 * self.context
 
     def _seam(
         self,

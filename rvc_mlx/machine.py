@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 _MOST_THREADS = 16  # of one piece of work; numpy holds Python's lock between its calls
+_WORKER = "rvc-mlx-worker"  # begins the names of such threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -109,16 +111,17 @@ def in_parallel(
     """``function`` of every item, in order, on the processors that there are.
 
     Results wait to be taken for no more than two items a thread, so memory is bounded.
+    Within such work, more of it is done on the one processor that is there.
 
     Args:
         function: releases Python's lock for most of its time, as numpy does.
         items: what it is called with.
     """
     threads = min(_MOST_THREADS, processors(), len(items))
-    if threads < 2:
+    if threads < 2 or threading.current_thread().name.startswith(_WORKER):
         yield from map(function, items)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, _WORKER) as pool:
         waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))

@@ -8,6 +8,7 @@ minutes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
@@ -15,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from rvc_mlx.audio import SAMPLE_RATE, resample
-from rvc_mlx.audio_io import AudioReader, AudioWriter, load_spool
 from rvc_mlx.bundled_models import choose_voice
 from rvc_mlx.engine import choose_engine
+from rvc_mlx.file_run import FileProgress, FileRun
 from rvc_mlx.job import Job, Nets, Progress
 from rvc_mlx.loading import (
     Encoder,
@@ -30,9 +31,9 @@ from rvc_mlx.loading import (
 from rvc_mlx.machine import cache_folder
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
-from rvc_mlx.output_format import check_output
 from rvc_mlx.report import Report
-from rvc_mlx.retrieval import Index, read_index
+from rvc_mlx.retrieval import Blend, Index, blending, read_index
+from rvc_mlx.schedule import convert_all
 from rvc_mlx.spool import Spool
 
 
@@ -90,11 +91,14 @@ class VoiceConverter:
         self.pitch_net = pitch_net if voice.config.f0 else None
         self.index = index
         self._noise = engine.noise if engine else Noise
+        self._blend: Blend | None = None
+        if index is not None:
+            self._blend = (engine.blending if engine else blending)(index)
         self.device = engine.device if engine else ""
         self.precision = engine.precision if engine else ""
 
     def _nets(self) -> Nets:
-        return Nets(self.voice, self.encoder, self.pitch_net, self.index, self._noise)
+        return Nets(self.voice, self.encoder, self.pitch_net, self._blend, self._noise)
 
     @property
     def sample_rate(self) -> int:
@@ -128,10 +132,84 @@ class VoiceConverter:
             ValueError: empty, too short, NaN, or options that do not fit the voice.
         """
         options = options or ConversionOptions()
+        with self._job(audio, sample_rate, options, noise, f0) as job:
+            report = Report()
+            _, raw = next(convert_all(self._nets(), [job], report))
+            return Conversion(job.whole(raw, report), job.output_rate)
+
+    def convert_many(
+        self,
+        recordings: Sequence[np.ndarray],
+        sample_rate: int | Sequence[int],
+        options: ConversionOptions | None = None,
+        *,
+        noise: Noise | None = None,
+    ) -> list[Conversion]:
+        """Convert recordings in memory, several at a time where the device gains by it.
+
+        On a GPU, recordings of one length share the calls of the networks.
+
+        Args:
+            recordings: each as ``convert`` takes it.
+            sample_rate: of all of them, or of each, Hz.
+            options: how; the defaults if None.
+            noise: where randomness comes from; by default ``options.seed``.
+
+        Returns:
+            For each what ``convert`` gives for it alone, with the same noise: exactly on
+            a CPU, to rounding on a GPU.
+
+        Raises:
+            ValueError: as ``convert``; names the recording by its number from 0. Or the
+                numbers of recordings and of rates differ.
+        """
+        options = options or ConversionOptions()
+        noise = noise or self._noise(options.seed)
+        count = len(recordings)
+        rates = [sample_rate] * count if isinstance(sample_rate, int) else sample_rate
+        if len(rates) != count:
+            raise ValueError(
+                f"{count} recordings and {len(rates)} sample rates were given; expected "
+                "one for each, or one for all"
+            )
+        order = sorted(range(count), key=lambda i: len(recordings[i]) / rates[i])
+        found: dict[int, Conversion] = {}
+        with ExitStack() as stack:
+            numbers: dict[Job, int] = {}
+            refused: list[ValueError] = []
+
+            def jobs() -> Iterator[Job]:
+                for i in order:
+                    try:
+                        job = self._job(recordings[i], rates[i], options, noise)
+                    except ValueError as error:
+                        refused.append(_numbered(i, error))
+                        return
+                    numbers[stack.enter_context(job)] = i
+                    yield job
+
+            report = Report()
+            for job, raw in convert_all(self._nets(), jobs(), report):
+                with job:
+                    if isinstance(job.failure, ValueError):
+                        raise _numbered(numbers[job], job.failure)
+                    audio = job.whole(raw, report)
+                found[numbers[job]] = Conversion(audio, job.output_rate)
+            if refused:
+                raise refused[0]
+        return [found[i] for i in range(count)]
+
+    def _job(
+        self,
+        audio: np.ndarray,
+        sample_rate: int,
+        options: ConversionOptions,
+        noise: Noise | None,
+        f0: np.ndarray | None = None,
+    ) -> Job:
         audio = _as_mono(audio)
-        with Spool.around(resample(audio, sample_rate, SAMPLE_RATE)) as source:
-            job = Job(self._nets(), source, len(audio), sample_rate, options, noise, f0)
-            return Conversion(job.whole(), job.output_rate)
+        source = Spool.around(resample(audio, sample_rate, SAMPLE_RATE))
+        return Job(self._nets(), source, len(audio), sample_rate, options, noise, f0)
 
     def convert_file(
         self,
@@ -155,32 +233,39 @@ class VoiceConverter:
             ValueError: the recording, an option or the target does not fit.
             OSError: a file cannot be read or written.
         """
+        told = None if progress is None else lambda _, *seconds: progress(*seconds)
+        files = [(Path(source), Path(target))]
+        [(_, result)] = self.convert_files(
+            files, options, subtype=subtype, progress=told
+        )
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def convert_files(
+        self,
+        files: Sequence[tuple[Path, Path]],
+        options: ConversionOptions | None = None,
+        *,
+        subtype: str | None = None,
+        progress: FileProgress | None = None,
+    ) -> Iterator[tuple[int, Report | Exception]]:
+        """Convert files to files, several at a time where the device gains by it.
+
+        Args:
+            files: sources and targets, see ``convert_file``.
+            options: how; the defaults if None.
+            subtype: ``"PCM_16"``, ``"PCM_24"`` or ``"FLOAT"``.
+            progress: called with the number of a file in ``files``, seconds of it done
+                and seconds in all.
+
+        Yields:
+            Number of a file that is done, and its report: stages hold the time since
+            the file before. Or the ``ValueError``, ``OSError`` or ``MemoryError`` that
+            befell it; the others go on.
+        """
         options = options or ConversionOptions()
-        rate = options.output_rate or self.sample_rate
-        check_output(target, rate, subtype)
-        report = Report(sample_rate=rate)
-        with ExitStack() as stack:
-            with report.stage("load"):
-                reader = stack.enter_context(AudioReader(source))
-                spool, frames = load_spool(reader)
-                stack.enter_context(spool)
-            job = Job(
-                self._nets(),
-                spool,
-                frames,
-                reader.sample_rate,
-                options,
-                None,
-                None,
-                report,
-            )
-            with AudioWriter(target, rate, subtype) as writer:
-                for block in job.run(progress):
-                    with report.stage("write"):
-                        writer.write(block)
-                report.samples = writer.frames
-        report.seconds = frames / reader.sample_rate
-        return report
+        return FileRun(self._nets(), options, subtype, progress).convert(files)
 
 
 def load(
@@ -243,6 +328,12 @@ def load_on(
         None if index is None else read_index(index),
         engine,
     )
+
+
+def _numbered(number: int, error: ValueError) -> ValueError:
+    numbered = ValueError(f"recording {number}: {error}")
+    numbered.__cause__ = error
+    return numbered
 
 
 def _as_mono(audio: np.ndarray) -> np.ndarray:

@@ -6,12 +6,14 @@ F0 is in Hz at 100 frames per second, 0 where unvoiced.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from rvc_mlx.arrays import Array, array_module, to_host
+from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead, to_host
+from rvc_mlx.machine import in_parallel
 from rvc_mlx.spectral import HOP_LENGTH, N_FFT, log_mel
 
 FRAME_RATE = 100  # frames per second
@@ -57,6 +59,65 @@ def decode_salience(
     return np.where(strengths[:, 4] > threshold, 10 * 2 ** (mean / 1200), 0.0)
 
 
+@dataclass(frozen=True)
+class PitchSettings:
+    """How F0 is estimated.
+
+    Attributes:
+        n_mels: mel bands of the network.
+        threshold: see ``decode_salience``.
+        frames_multiple: the network takes a multiple of this many frames.
+        mel_padding: how the last chunk is filled up: ``"reflect"`` (Applio) or
+            ``"constant"`` (zeros, the WebUI).
+        chunk_frames: frames per chunk, a multiple of ``frames_multiple``.
+        batch_frames: most frames of equal chunks that go through the network together.
+
+    Raises:
+        ValueError: ``chunk_frames`` leaves nothing between the contexts, or is no
+            multiple of ``frames_multiple``.
+    """
+
+    n_mels: int = 128
+    threshold: float = VOICING_THRESHOLD
+    frames_multiple: int = 32
+    mel_padding: str = "reflect"
+    chunk_frames: int = CHUNK_FRAMES
+    batch_frames: int = 0
+
+    def __post_init__(self) -> None:
+        multiple, chunk = self.frames_multiple, self.chunk_frames
+        least = 2 * (CHUNK_CONTEXT + multiple)
+        if chunk < least or chunk % multiple:
+            raise ValueError(
+                f"chunk_frames is {chunk}; expected {least} or more, and a multiple of "
+                f"{multiple}"
+            )
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Audio whose F0 is wanted.
+
+    Attributes:
+        read: samples ``start..stop``, float32 at 16 kHz; called by several threads.
+        length: samples in all, more than 512.
+    """
+
+    read: Reader
+    length: int
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Frames ``start..stop`` of a signal; of the result ``kept..until`` count."""
+
+    number: int  # of the signal
+    start: int
+    stop: int
+    kept: int
+    until: int
+
+
 def estimate_f0(
     salience: Callable[[np.ndarray], Array],
     read: Reader,
@@ -67,63 +128,85 @@ def estimate_f0(
     mel_padding: str = "reflect",
     chunk_frames: int = CHUNK_FRAMES,
 ) -> np.ndarray:
-    """F0 of a signal of any length, in chunks with context.
+    """F0 ``[length // 160 + 1]`` float64 in Hz of one signal; see ``estimate_all``."""
+    settings = PitchSettings(
+        n_mels, threshold, frames_multiple, mel_padding, chunk_frames
+    )
+    return estimate_all(salience, [Signal(read, length)], settings)[0]
 
-    Up to ``chunk_frames`` the network sees the signal whole. Beyond, neighbouring
-    chunks overlap and only their inner parts are kept::
+
+def estimate_all(
+    salience: Callable[[np.ndarray], Array],
+    signals: Sequence[Signal],
+    settings: PitchSettings,
+) -> list[np.ndarray]:
+    """F0 of signals of any length, in chunks with context.
+
+    Up to ``chunk_frames`` the network sees a signal whole. Beyond, neighbouring chunks
+    overlap and only their inner parts are kept::
 
         |--------kept--------|ctx|
                          |ctx|--------kept--------|ctx|
 
     Args:
-        salience: log-mel ``[1, T, n_mels]`` to salience ``[1, T, bins]``.
-        read: samples ``start..stop`` of the signal, float32 at 16 kHz.
-        length: samples in the signal, more than 512.
-        n_mels: mel bands of the network.
-        threshold: see ``decode_salience``.
-        frames_multiple: the network takes a multiple of this many frames.
-        mel_padding: how the last chunk is filled up: ``"reflect"`` (Applio) or
-            ``"constant"`` (zeros, the WebUI).
-        chunk_frames: frames per chunk, a multiple of ``frames_multiple``.
+        salience: log-mel ``[B, T, n_mels]`` to salience ``[B, T, bins]``; may still be
+            computing.
+        signals: one or more.
+        settings: how.
 
     Returns:
-        ``[length // 160 + 1]`` float64 in Hz.
-
-    Raises:
-        ValueError: ``chunk_frames`` leaves nothing between the contexts, or is no
-            multiple of ``frames_multiple``.
+        ``[length // 160 + 1]`` float64 in Hz of each signal.
     """
-    least = 2 * (CHUNK_CONTEXT + frames_multiple)
-    if chunk_frames < least or chunk_frames % frames_multiple:
-        raise ValueError(
-            f"chunk_frames is {chunk_frames}; expected {least} or more, and a multiple "
-            f"of {frames_multiple}"
-        )
-    total = length // HOP_LENGTH + 1
-    f0 = np.zeros(total)
+    curves = [np.zeros(signal.length // HOP_LENGTH + 1) for signal in signals]
+    chunks = [
+        chunk
+        for number, curve in enumerate(curves)
+        for chunk in _plan_chunks(number, len(curve), settings)
+    ]
+
+    def mel(chunk: _Chunk) -> np.ndarray:
+        frames = _mel_frames(signals[chunk.number], chunk.start, chunk.stop, settings)
+        return _fill_up(frames, settings.frames_multiple, settings.mel_padding)
+
+    def begun() -> Iterator[tuple[list[_Chunk], Array]]:
+        pairs = zip(chunks, in_parallel(mel, chunks), strict=True)
+        size = lambda pair: len(pair[1])  # noqa: E731 (twice, on the next line)
+        for group in neighbours(pairs, size, size, settings.batch_frames):
+            mels = np.stack([mel for _, mel in group])
+            yield [chunk for chunk, _ in group], salience(mels)
+
+    for group, found in one_ahead(begun()):
+        B, T, bins = found.shape
+        decoded = decode_salience(found.reshape(B * T, bins), settings.threshold)
+        for chunk, f0 in zip(group, decoded.reshape(B, T), strict=True):
+            inner = f0[chunk.kept - chunk.start : chunk.until - chunk.start]
+            curves[chunk.number][chunk.kept : chunk.until] = inner
+    return curves
+
+
+def _plan_chunks(number: int, total: int, settings: PitchSettings) -> Iterator[_Chunk]:
+    """The chunks of a signal of ``total`` frames."""
     kept = 0
     while kept < total:
         start = max(0, kept - CHUNK_CONTEXT)
-        start -= start % frames_multiple
-        stop = min(start + chunk_frames, total)
-        mel = _mel_frames(read, length, start, stop, n_mels)
-        mel = _fill_up(mel, frames_multiple, mel_padding)
-        chunk = decode_salience(salience(mel[None])[0][: stop - start], threshold)
+        start -= start % settings.frames_multiple
+        stop = min(start + settings.chunk_frames, total)
         until = stop if stop == total else stop - CHUNK_CONTEXT
-        f0[kept:until] = chunk[kept - start : until - start]
+        yield _Chunk(number, start, stop, kept, until)
         kept = until
-    return f0
 
 
 def _mel_frames(
-    read: Reader, length: int, start: int, stop: int, n_mels: int
+    signal: Signal, start: int, stop: int, settings: PitchSettings
 ) -> np.ndarray:
-    """Log-mel frames ``start..stop`` of the signal, reflected at its two ends."""
+    """Log-mel frames ``start..stop`` of a signal, reflected at its two ends."""
     first = start * HOP_LENGTH - N_FFT // 2
     last = (stop - 1) * HOP_LENGTH + N_FFT // 2
-    samples = read(max(first, 0), min(last, length))
-    pads = (max(-first, 0), max(last - length, 0))
-    return log_mel(np.pad(samples, pads, mode="reflect"), n_mels)
+    samples = signal.read(max(first, 0), min(last, signal.length))
+    pads = (max(-first, 0), max(last - signal.length, 0))
+    if any(pads):
+        samples = np.pad(samples, pads, mode="reflect")
+    return log_mel(samples, settings.n_mels)
 
 
 def _fill_up(mel: np.ndarray, multiple: int, padding: str) -> np.ndarray:

@@ -1,7 +1,11 @@
 """Retrieval: features pulled towards the nearest ones of the voice's own recordings."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
+from .arrays import Array, to_host
 from .faiss_file import read_index
 from .feature_index import Index, prepare_rows
 
@@ -44,6 +48,19 @@ def nearest(
     return distances, ids
 
 
+# Features ``[T, d]``, rate and whether to search exactly, to mixed features.
+Blend = Callable[[Array, float, bool], Array]
+
+
+def blending(index: Index) -> Blend:
+    """``blend_features`` for an index, of features from anywhere, on the host."""
+    return partial(_blend_on_host, index)
+
+
+def _blend_on_host(index: Index, features: Array, rate: float, exact: bool) -> Array:
+    return blend_features(to_host(features), index, rate, exact=exact)
+
+
 def blend_features(
     features: np.ndarray,
     index: Index,
@@ -73,15 +90,9 @@ def blend_features(
     Source:
         RVC, ``infer/modules/vc/pipeline.py``, ``Pipeline.vc``.
     """
-    if not 0 <= rate <= 1:
-        raise ValueError(f"the index rate is 0 to 1, not {rate}")
+    check_blend(index, rate)
     if rate == 0:
         return features
-    if len(index) == 0:
-        raise ValueError(
-            f"{index.path}: this index holds no vectors; give the file whose name "
-            "starts with added_ instead of trained_"
-        )
     distances, positions = _nearest_positions(index, features, k, exact)
     found = positions >= 0
     weights = np.zeros(positions.shape)
@@ -94,21 +105,37 @@ def blend_features(
     return np.where(found.any(1, keepdims=True), blended, features)
 
 
+def check_blend(index: Index, rate: float) -> None:
+    """Raise ValueError for a rate outside 0..1, or for an index without vectors."""
+    if not 0 <= rate <= 1:
+        raise ValueError(f"the index rate is 0 to 1, not {rate}")
+    if rate and len(index) == 0:
+        raise ValueError(
+            f"{index.path}: this index holds no vectors; give the file whose name "
+            "starts with added_ instead of trained_"
+        )
+
+
+def check_queries(index: Index, shape: tuple[int, ...], k: int) -> None:
+    """Raise ValueError for features of another width, or for no neighbours."""
+    if len(shape) != 2 or shape[1] != index.width:
+        raise ValueError(
+            f"{index.path}: this index is {index.width} wide, the features are "
+            f"{shape}; v1 voices have 256, v2 voices 768: take the index that was made "
+            "with this voice"
+        )
+    if k < 1:
+        raise ValueError(f"the number of neighbours is 1 or more, not {k}")
+
+
 def _nearest_positions(
     index: Index, queries: np.ndarray, k: int, exact: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return distances [T, k] and places in ``index.ids`` [T, k], -1 where missing."""
-    if queries.ndim != 2 or queries.shape[1] != index.width:
-        raise ValueError(
-            f"{index.path}: this index is {index.width} wide, the features are "
-            f"{queries.shape}; v1 voices have 256, v2 voices 768: take the index that "
-            "was made with this voice"
-        )
+    check_queries(index, queries.shape, k)
     queries = np.ascontiguousarray(queries, np.float32)
     if not np.isfinite(queries).all():
         raise ValueError("the features to look up are not finite numbers")
-    if k < 1:
-        raise ValueError(f"the number of neighbours is 1 or more, not {k}")
     distances = np.full((len(queries), k), MISSING_DISTANCE, np.float32)
     positions = np.full((len(queries), k), -1)
     for start in range(0, len(queries), _QUERY_BLOCK):

@@ -1,9 +1,10 @@
 """Arrays on the host and on a device."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from rvc_mlx.arrays import one_ahead
+from rvc_mlx.arrays import neighbours, one_ahead, together
 
 
 @pytest.mark.parametrize(
@@ -25,3 +26,41 @@ def test_one_ahead_gives_an_array_once_the_next_is_begun(count, expected):
     for x in one_ahead(arrays()):
         events.append(f"give {x}")
     assert events == expected
+
+
+@pytest.mark.parametrize(
+    ("items", "most", "expected"),
+    [
+        ([], 9, []),
+        ([3], 0, [[3]]),
+        ([3, 3, 3], 0, [[3], [3], [3]]),
+        ([3, 3, 3], 5, [[3], [3], [3]]),
+        ([3, 3, 3], 6, [[3, 3], [3]]),
+        ([3, 3, 3, 4, 4, 3], 9, [[3, 3, 3], [4, 4], [3]]),
+        ([20, 3, 3], 9, [[20], [3, 3]]),
+    ],
+)
+def test_equal_neighbours_go_together_as_far_as_they_may(items, most, expected):
+    assert list(neighbours(items, lambda x: x, lambda x: x, most)) == expected
+
+
+def test_a_full_run_is_given_before_the_next_item_is_made():
+    made = []
+
+    def items():
+        for n in range(5):
+            made.append(n)
+            yield n
+
+    runs = neighbours(items(), lambda _: 0, lambda _: 1, 2)
+    assert next(runs) == [0, 1]
+    assert made == [0, 1]
+
+
+@pytest.mark.parametrize("kind", [np.array, mx.array])
+def test_arrays_are_joined_or_repeated(kind):
+    x, y = kind([[1.0, 2.0]]), kind([[3.0, 4.0]])
+    assert together([x]) is x
+    assert np.array(together([x, y])).tolist() == [[1, 2], [3, 4]]
+    assert np.array(together([x, x, x])).tolist() == [[1, 2]] * 3
+    assert isinstance(together([x, y]), type(x))

@@ -6,11 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import benchmark_gpu as benchmark
+import common
+import gpu_sides
 import gpu_table
+from profile_gpu import RecordingEngine
+from torch_side import Place
+from twins import MLX_CPU_WINDOW, Sides
+
+from rvc_mlx.engine import choose_engine
+from rvc_mlx.loading import Voice, read_weights
 
 pytestmark = pytest.mark.usefixtures("_one_thread")
 
@@ -58,6 +67,25 @@ def test_every_row_is_measured_on_both_sides(run, monkeypatch):
     assert seconds["conversion-long"] == pytest.approx(20 * 0.3)
     assert seconds["many"] == pytest.approx(2 * 0.1)
     assert result["models"].keys() == {"hubert", "rmvpe", "voice", "index"}
+
+
+def test_many_clips_share_the_calls_of_an_engine_that_batches(small_models):
+    engine = choose_engine("mlx-cpu", "f32")
+    engine.batch_bytes, engine.window_frames = 1 << 30, MLX_CPU_WINDOW
+    watching = RecordingEngine(engine)
+    files = common.models(small_models.folder, index=False)
+    sides = Sides(watching, "cuda", "f32", Place(torch.device("cpu"), "f32"))
+    [side] = gpu_sides.our_sides(files, [sides]).values()
+    voice = Voice(read_weights(files.voice, "voice"), engine)
+    row = benchmark.planned_rows(0.3, 3, voice)["many"]
+    found = []
+    used = watching.watch(lambda: found.extend(row.call(side)))
+    assert [len(audio) for audio in found] == [
+        round(0.1 * voice.config.sample_rate)
+    ] * 3
+    assert {
+        one.seam.name: (one.calls, len(one.given[0])) for one in used
+    } == dict.fromkeys(("encode", "salience", "prior", "source", "vocoder"), (1, 3))
 
 
 def test_rows_can_be_chosen_and_misspelt(run):

@@ -31,9 +31,11 @@ ORDER = [
         "feature_index",
         "faiss_file",
         "retrieval",
+        "device_index",
     ),
     *("openvino_graph", "openvino_fusions", "openvino_ops", "engine", "options"),
-    *("pitch", "loading", "segments", "report", "decoding", "job", "pipeline"),
+    *("pitch", "loading", "segments", "report", "decoding", "job"),
+    *("schedule", "file_run", "pipeline"),
     *("batch", "export", "inspection", "bench", "training", "cli"),
 ]
 # Imported in functions only, where they are wanted.

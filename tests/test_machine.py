@@ -99,3 +99,15 @@ def test_work_in_parallel_raises_what_the_work_raises():
 def test_one_item_needs_no_thread():
     [thread] = machine.in_parallel(lambda _: threading.current_thread(), [0])
     assert thread is threading.main_thread()
+
+
+def test_work_within_work_starts_no_more_threads(monkeypatch):
+    monkeypatch.setattr(machine, "processors", lambda: 3)
+
+    def inner(_):
+        return threading.current_thread().name
+
+    def outer(_):
+        return {threading.current_thread().name, *machine.in_parallel(inner, range(5))}
+
+    assert [len(names) for names in machine.in_parallel(outer, range(4))] == [1] * 4

@@ -167,6 +167,33 @@ def test_the_network_sees_the_reference_s_mel(samples, chunk):
     np.testing.assert_allclose(last, padded[len(padded) - len(last) :], atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [0, 700, 10**6])
+def test_signals_together_are_what_each_is_alone(batch, monkeypatch):
+    monkeypatch.setattr(pitch, "CHUNK_CONTEXT", 64)
+    frames = [300, 310, 300, 1500, 40]
+    signals = [
+        pitch.Signal(Recording(tone(160 * n, seed)), 160 * n)
+        for seed, n in enumerate(frames)
+    ]
+    sizes = []
+
+    def salience(mel):
+        sizes.append(mel.shape[:2])
+        return np.concatenate([smooth_salience(row[None]) for row in mel])
+
+    settings = pitch.PitchSettings(chunk_frames=320, batch_frames=batch)
+    found = pitch.estimate_all(salience, signals, settings)
+    assert sum(count for count, _ in sizes) == 3 + 1 + 8
+    largest = max(count * length for count, length in sizes)
+    assert largest <= max(batch, 320)
+    assert (largest > 320) == (batch > 320)
+    for signal, f0 in zip(signals, found, strict=True):
+        alone = pitch.estimate_f0(
+            smooth_salience, signal.read, signal.length, chunk_frames=320
+        )
+        np.testing.assert_array_equal(f0, alone)
+
+
 @pytest.mark.parametrize("chunk", [0, 1024, 1056, 6401])
 def test_chunks_that_cannot_work_are_refused(chunk):
     with pytest.raises(ValueError, match="chunk_frames"):

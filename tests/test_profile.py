@@ -2,18 +2,23 @@
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import profile_gpu  # noqa: E402
+import stages  # noqa: E402
 from profile_gpu import Recorded, count_work, family, profile_stage  # noqa: E402
+from torch_side import Place  # noqa: E402
+from twins import Sides  # noqa: E402
 
 from rvc_mlx.engine import MLXEngine, gpu_available  # noqa: E402
 from rvc_mlx.loading import PitchNet, read_weights  # noqa: E402
@@ -87,6 +92,72 @@ def test_a_stage_is_profiled_on_what_it_was_given(small_models, monkeypatch):
     assert row["flops_of_roof"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
     table = profile_gpu._report([row], 1.0, roof)
     assert "matrix product" in table
+
+
+def test_calls_are_those_of_one_conversion(small_models, monkeypatch, capsys):
+    def convert(ours, clip, _):
+        return stages.convert_ours(ours, clip, pad=0.25)
+
+    def median_time(call, runs):
+        call()
+        return 0.5
+
+    saved = {}
+    roof = {"flops": 1e12, "bytes": 1e12}
+    for name, stand_in in {
+        "convert_ours": convert,
+        "median_time": median_time,
+        "kernel_times": lambda *_: {"gemm": (1.0, 4.0)},
+        "measure_roof": lambda _: roof,
+        "save": lambda *_, **content: saved.update(content),
+    }.items():
+        monkeypatch.setattr(profile_gpu, name, stand_in)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    engine = MLXEngine(mx.Device(mx.cpu), "f32")
+    engine.window_frames = engine.window_step = 16
+    sides = Sides(engine, "cuda", "f32", Place(torch.device("cpu"), "f32"))
+    asked = Namespace(models=small_models.folder, seconds=0.3, audio=None, runs=7)
+    assert profile_gpu.measure(asked, sides) == 0
+    calls = {row["stage"]: row["calls"] for row in saved["rows"]}
+    # 31 frames of output are two windows of 16.
+    assert calls == {"encode": 1, "salience": 1, "prior": 1, "source": 2, "vocoder": 2}
+    assert "its networks alone 3500.0 ms" in capsys.readouterr().out
+
+
+def test_kernels_are_counted_per_call(monkeypatch):
+    calls = []
+    events = [
+        ("gemm", torch.autograd.DeviceType.CUDA, 30.0),
+        ("gemm", torch.autograd.DeviceType.CUDA, 50.0),
+        ("copy", torch.autograd.DeviceType.CUDA, 5.0),
+        ("cudaLaunchKernel", torch.autograd.DeviceType.CPU, 9.0),
+    ]
+
+    class Profiled:
+        """As of PyTorch's profiler: every call leaves the same events."""
+
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            names = ("name", "device_type", "device_time")
+            kept = [Namespace(**dict(zip(names, e, strict=True))) for e in events]
+            return kept * len(calls)
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiled)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    found = profile_gpu.kernel_times(lambda: calls.append(1), 10)
+    assert found == {
+        "gemm": pytest.approx((0.08, 2)),
+        "copy": pytest.approx((0.005, 1)),
+    }
 
 
 @pytest.mark.skipif(gpu_available(), reason="this machine has a GPU")

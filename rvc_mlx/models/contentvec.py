@@ -19,6 +19,7 @@ RECEPTIVE_FIELD = 400  # samples seen by one frame of the convolutional front en
 
 # Stride and kernel of the seven convolutions; the product of the strides is the hop.
 _CONV_LAYERS = ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2))
+FIRST_STRIDE = _CONV_LAYERS[0][1]  # the first layer's output is the largest
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,137 @@
+"""Files to files, streaming: what a conversion reads and writes.
+
+A file that fails leaves nothing behind, and the others go on.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rvc_mlx.audio_io import AudioReader, AudioWriter, load_spool
+from rvc_mlx.job import Job, Nets
+from rvc_mlx.options import ConversionOptions
+from rvc_mlx.output_format import check_output
+from rvc_mlx.report import Report
+from rvc_mlx.schedule import convert_all
+
+FileProgress = Callable[[int, float, float], None]
+Result = tuple[int, Report | Exception]
+
+_OF_A_FILE = (ValueError, OSError, MemoryError)  # what may befall one file alone
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file under way."""
+
+    number: int
+    target: Path
+    seconds: float
+    job: Job
+
+
+class FileRun:
+    """A conversion of several files; see ``VoiceConverter.convert_files``.
+
+    Args:
+        nets: what it runs on.
+        options: how.
+        subtype: of the samples written.
+        progress: takes a file's number, seconds of it done and seconds in all.
+    """
+
+    def __init__(
+        self,
+        nets: Nets,
+        options: ConversionOptions,
+        subtype: str | None,
+        progress: FileProgress | None,
+    ):
+        self._nets, self._options = nets, options
+        self._subtype, self._progress = subtype, progress
+        self._rate = options.output_rate or nets.voice.config.sample_rate
+        self._report = Report()
+        self._open: dict[Job, _File] = {}
+        self._failed: deque[Result] = deque()
+        self._all_taken = False
+
+    def convert(self, files: Sequence[tuple[Path, Path]]) -> Iterator[Result]:
+        """Number and report of every file, or what befell it, as they are done."""
+        jobs = self._jobs(files)
+        try:
+            while self._open or not self._all_taken:
+                error: Exception = RuntimeError("the conversion ended early")
+                try:
+                    for job, raw in convert_all(self._nets, jobs, self._report):
+                        file = self._open[job]
+                        result = self._written(file, partial(job.blocks, raw))
+                        del self._open[job]
+                        if isinstance(result, Exception):
+                            error = result
+                        yield from self._failures()
+                        yield file.number, result
+                except _OF_A_FILE as raised:
+                    error = raised
+                # What the networks raised has ended the wave, not only the file.
+                for file in self._open.values():
+                    self._failed.append((file.number, error))
+                self._close()
+                yield from self._failures()
+        finally:
+            self._close()
+
+    def _failures(self) -> Iterator[Result]:
+        while self._failed:
+            yield self._failed.popleft()
+
+    def _close(self) -> None:
+        for job in self._open:
+            job.close()
+        self._open.clear()
+
+    def _jobs(self, files: Sequence[tuple[Path, Path]]) -> Iterator[Job]:
+        for number, (source, target) in enumerate(files):
+            try:
+                with self._report.stage("load"):
+                    check_output(target, self._rate, self._subtype)
+                    job, seconds = self._load(source)
+            except _OF_A_FILE as error:
+                self._failed.append((number, error))
+                continue
+            self._open[job] = _File(number, target, seconds, job)
+            yield job
+        self._all_taken = True
+
+    def _load(self, source: Path) -> tuple[Job, float]:
+        with AudioReader(source) as reader:
+            rate = reader.sample_rate
+            spool, frames = load_spool(reader)
+        try:
+            job = Job(self._nets, spool, frames, rate, self._options)
+        except BaseException:
+            spool.close()
+            raise
+        return job, frames / rate
+
+    def _written(
+        self, file: _File, blocks: Callable[..., Iterator]
+    ) -> Report | Exception:
+        """Write a file; its report, or what befell it."""
+        told = self._progress and partial(self._progress, file.number)
+        try:
+            with (
+                file.job,
+                AudioWriter(file.target, self._rate, self._subtype) as writer,
+            ):
+                for block in blocks(self._report, told):
+                    with self._report.stage("write"):
+                        writer.write(block)
+        except _OF_A_FILE as error:
+            return error
+        stages, self._report.stages = self._report.stages, {}
+        joins = file.job.joins
+        return Report(file.seconds, writer.frames, self._rate, stages, joins=joins)

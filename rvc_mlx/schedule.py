@@ -1,0 +1,177 @@
+"""The order in which recordings go through the networks.
+
+Recordings come in waves, as many as the engine computes together, one on a CPU. While it
+computes the end of one wave, the host prepares the next and begins its first networks::
+
+    host    prepare mel |F0|         | prepare mel |F0|  finish 1 | ...
+    device       encode salience prior vocoder 1 encode salience prior vocoder 2
+
+Equal pieces of a wave share a call of a network; its result is what each alone gives, to
+rounding, and exactly that where one goes at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+
+from rvc_mlx import pitch
+from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead
+from rvc_mlx.decoding import Piece, Windows, sample_latents, start_windows
+from rvc_mlx.job import Job, Nets
+from rvc_mlx.machine import in_parallel
+from rvc_mlx.options import ConversionOptions
+from rvc_mlx.report import Report
+from rvc_mlx.segments import FRAME, Segment
+
+Part = tuple[Job, Segment]
+Event = tuple[Job, np.ndarray | Exception]
+
+
+def convert_all(
+    nets: Nets, jobs: Iterable[Job], report: Report
+) -> Iterator[tuple[Job, Iterator[np.ndarray]]]:
+    """Convert recordings.
+
+    Args:
+        nets: what they run on.
+        jobs: recordings with the same options; taken when their turn comes.
+        report: takes the time of the stages.
+
+    Yields:
+        Each job in order, with the blocks of its output at the voice's rate, to be read
+        before the next job is asked for. They raise what went wrong with this one.
+    """
+    begun = _started(nets, jobs, report)
+    if _batch_frames(nets):  # else the host itself computes: nothing runs beside it
+        begun = one_ahead(begun)
+    events = itertools.chain.from_iterable(read() for read in begun)
+    for job, own in itertools.groupby(events, key=lambda event: event[0]):
+        yield job, _blocks(own)
+
+
+def _blocks(events: Iterable[Event]) -> Iterator[np.ndarray]:
+    for _, block in events:
+        if isinstance(block, Exception):
+            raise block
+        yield block
+
+
+def _batch_frames(nets: Nets) -> int:
+    """Most frames of several segments that the networks take together; 0 for one each."""
+    return min(nets.encoder.batch_frames, nets.voice.batch_frames)
+
+
+def _started(
+    nets: Nets, jobs: Iterable[Job], report: Report
+) -> Iterator[Callable[[], Iterable[Event]]]:
+    """Everything begun, in order, as what reads it."""
+    most = _batch_frames(nets)
+    waves = neighbours(jobs, lambda _: None, lambda job: job.length / FRAME, most)
+    for wave in waves:
+        with report.stage("prepare"):
+            for _ in in_parallel(Job.prepare, wave):
+                pass
+        for job in wave:
+            if job.failure:
+                yield partial(list, [(job, job.failure)])
+        good = [job for job in wave if not job.failure]
+        if good:
+            for windows in _wave(nets, good, most, report):
+                yield partial(_read, windows, report)
+
+
+def _read(windows: Windows, report: Report) -> Iterator[Event]:
+    for piece, block in windows.read(report):
+        assert isinstance(piece.owner, Job)
+        yield piece.owner, block
+
+
+def _wave(
+    nets: Nets, jobs: Sequence[Job], most: int, report: Report
+) -> Iterator[Windows]:
+    """The windows of prepared recordings, begun one after the other."""
+    options = jobs[0].options
+    encoded = one_ahead(_encoded(nets, jobs, most, report))
+    first = next(encoded)  # a device computes it beside the host's part of F0
+    with report.stage("pitch"):
+        _find_f0(nets, jobs, options)
+    for parts, raw in itertools.chain([first], encoded):
+        pieces = [job.piece(segment) for job, segment in parts]
+        with report.stage("index"):
+            features = _features(nets, raw, pieces, options)
+        with report.stage("prior"):
+            z = sample_latents(nets.voice, features, pieces)
+        yield from start_windows(nets.voice, z, pieces, report)
+
+
+def _encoded(
+    nets: Nets, jobs: Sequence[Job], most: int, report: Report
+) -> Iterator[tuple[list[Part], Array]]:
+    """Segments of one length and their content features ``[B, F, C]``."""
+    parts = [(job, segment) for job in jobs for segment in job.segments]
+
+    def weight(part: Part) -> int:
+        segment = part[1]
+        window = nets.voice.window_frames(max(segment.last - segment.first, 1))
+        return max(segment.frames, window)
+
+    for batch in neighbours(parts, lambda part: part[1].samples, weight, most):
+        audio = np.stack([job.heard(segment) for job, segment in batch])
+        with report.stage("content"):
+            features = nets.encoder.start(audio, nets.voice.config.version)
+        yield batch, features
+
+
+def _find_f0(nets: Nets, jobs: Sequence[Job], options: ConversionOptions) -> None:
+    """Give each job its F0, where the voice takes one."""
+    net = nets.pitch_net
+    if net is None:
+        return
+    settings = pitch.PitchSettings(
+        net.config.n_mels,
+        options.f0_threshold,
+        net.frames_multiple,
+        options.mel_padding,
+        batch_frames=net.batch_frames,
+    )
+    asked = [job for job in jobs if job.given_f0 is None]
+    signals = [job.signal() for job in asked]
+    found = pitch.estimate_all(net.salience.start, signals, settings)
+    for job, f0 in zip(asked, found, strict=True):
+        job.take_f0(f0)
+    for job in jobs:
+        if job.given_f0 is not None:
+            job.take_f0(job.given_f0)
+
+
+def _features(
+    nets: Nets, raw: Array, pieces: Sequence[Piece], options: ConversionOptions
+) -> Array:
+    """Retrieval, doubling to 100 frames per second, and protection of consonants.
+
+    Args:
+        nets: with retrieval, or without.
+        raw: ``[B, F, C]`` float32, 50 frames per second.
+        pieces: ``B`` segments of ``T`` frames.
+        options: rate of retrieval, protection.
+
+    Returns:
+        ``[B, T, C]`` float32.
+    """
+    xp, frames = array_module(raw), pieces[0].segment.frames
+    doubled: Array = xp.repeat(raw, 2, axis=1)[:, :frames]
+    if nets.blend is None or options.index_rate == 0:
+        return doubled
+    rows = raw.reshape(-1, raw.shape[-1])
+    found = nets.blend(rows, options.index_rate, options.index_exact)
+    xp = array_module(found)  # where it was searched
+    blended: Array = xp.repeat(found.reshape(raw.shape), 2, axis=1)[:, :frames]
+    if nets.pitch_net is None or options.protect >= 0.5:
+        return blended
+    f0 = np.stack([piece.f0 for piece in pieces if piece.f0 is not None])
+    share = np.where(f0 < 1, options.protect, 1.0).astype(np.float32)[..., None]
+    return xp.array(share) * blended + xp.array(1 - share) * xp.array(doubled)

@@ -1,0 +1,307 @@
+"""Recordings that go through the networks together are what each is alone."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import soundfile
+from tiny_models import narrow_refinegan
+
+from rvc_mlx import ConversionOptions
+from rvc_mlx.engine import MLXEngine, choose_engine
+from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
+from rvc_mlx.noise import Noise
+from rvc_mlx.pipeline import VoiceConverter
+from rvc_mlx.retrieval import read_index
+from tools import make_test_models as maker
+
+OPTIONS = {"x_pad": 0.25, "index_rate": 0.0}
+LENGTHS = [0.3, 0.5, 0.3, 0.3, 0.505]  # seconds; 0.5 and 0.505 have one mel length
+
+
+class Watched:
+    """A seam that remembers the shape of the first array of every call."""
+
+    def __init__(self, run):
+        self.run, self.shapes = run, []
+
+    def __call__(self, *arrays):
+        self.shapes.append(arrays[0].shape)
+        return self.run(*arrays)
+
+    def start(self, *arrays):
+        self.shapes.append(arrays[0].shape)
+        return self.run.start(*arrays)
+
+
+def batching_converter(
+    small_models, batch_bytes, voice=None, index=False, index_bytes=0
+):
+    """The small models on MLX's CPU back end, with a GPU's habits."""
+    engine = choose_engine("mlx-cpu", "f32")
+    assert isinstance(engine, MLXEngine)
+    engine.batch_bytes, engine._index_bytes = batch_bytes, index_bytes
+    engine.window_frames, engine.window_step = 32, 16
+    converter = VoiceConverter(
+        Voice(read_weights(voice or small_models.voice, "voice"), engine),
+        Encoder(read_weights(small_models.encoder, "contentvec"), engine),
+        PitchNet(read_weights(small_models.rmvpe, "rmvpe"), engine),
+        read_index(small_models.index if index is True else index) if index else None,
+        engine,
+    )
+    converter.voice.prior = Watched(converter.voice.prior)
+    converter.voice.vocoder = Watched(converter.voice.vocoder)
+    if converter.pitch_net:
+        converter.pitch_net.salience = Watched(converter.pitch_net.salience)
+    version = converter.voice.config.version
+    run = converter.encoder._run(version)
+    converter.encoder._runs[version] = Watched(run)
+    return converter
+
+
+def batches(converter):
+    """Largest batch of each network."""
+    seams = {
+        "encode": converter.encoder._run(converter.voice.config.version),
+        "prior": converter.voice.prior,
+        "vocoder": converter.voice.vocoder,
+    }
+    if converter.pitch_net:
+        seams["salience"] = converter.pitch_net.salience
+    return {name: max(shape[0] for shape in s.shapes) for name, s in seams.items()}
+
+
+@pytest.fixture(scope="module")
+def clips(speech):
+    """Speech of ``LENGTHS``, each from another place."""
+    starts = [4000 + 9000 * i for i in range(len(LENGTHS))]
+    return [
+        speech[start : start + round(16000 * seconds)]
+        for start, seconds in zip(starts, LENGTHS, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def plain_voice(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plain") / "plain.pth"
+    spec = maker.VoiceFile(version="v1", khz=32, speakers=4, f0=False)
+    maker.write_voice("test", spec, maker.SMALL_VOICE, path, 1)
+    return path
+
+
+def check_like_alone(converter, clips, options, tolerance):
+    found = converter.convert_many(clips, 16000, options)
+    assert len(found) == len(clips)
+    largest = batches(converter)
+    for clip, (audio, rate) in zip(clips, found, strict=True):
+        alone = converter.convert(clip, 16000, options)
+        assert rate == alone.sample_rate
+        assert audio.shape == alone.audio.shape
+        assert np.abs(alone.audio).max() > 0.01
+        assert np.abs(audio - alone.audio).max() <= tolerance
+    return largest
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_together_is_as_alone(small_models, clips, index):
+    converter = batching_converter(small_models, 1 << 30, index=index)
+    options = ConversionOptions(**OPTIONS | {"index_rate": 0.5 * index, "protect": 0.2})
+    largest = check_like_alone(converter, clips, options, 1e-5)
+    assert largest["encode"] == largest["prior"] == 3
+    assert largest["salience"] == 3
+    assert largest["vocoder"] >= 3
+
+
+@pytest.mark.parametrize("protect", [0.2, 0.5])
+def test_an_index_is_searched_on_the_device_as_on_the_host(
+    small_models, clips, protect
+):
+    options = ConversionOptions(**OPTIONS | {"index_rate": 0.7, "protect": protect})
+    host = batching_converter(small_models, 1 << 30, index=True)
+    device = batching_converter(small_models, 1 << 30, index=True, index_bytes=1 << 30)
+    fed = []
+    start = device.voice.prior.start
+    device.voice.prior.start = lambda *given: fed.append(given[0]) or start(*given)
+    found = device.convert_many(clips[:2], 16000, options)
+    assert {type(features) for features in fed} == {mx.array}
+    expected = host.convert_many(clips[:2], 16000, options)
+    without = host.convert(clips[0], 16000, ConversionOptions(**OPTIONS))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert np.abs(ours.audio - theirs.audio).max() <= 1e-4
+    assert np.abs(found[0].audio - without.audio).max() > 1e-2
+
+
+def test_an_empty_index_is_refused(small_models, clips, tmp_path):
+    faiss = pytest.importorskip("faiss")
+    faiss.write_index(faiss.IndexFlatL2(256), str(tmp_path / "trained.index"))
+    for index_bytes in (0, 1 << 30):
+        converter = batching_converter(
+            small_models, 0, index=tmp_path / "trained.index", index_bytes=index_bytes
+        )
+        options = ConversionOptions(**OPTIONS | {"index_rate": 0.5})
+        with pytest.raises(ValueError, match="holds no vectors"):
+            converter.convert(clips[0], 16000, options)
+
+
+def test_voices_without_pitch_go_together(small_models, clips, plain_voice):
+    converter = batching_converter(small_models, 1 << 30, plain_voice)
+    largest = check_like_alone(converter, clips, ConversionOptions(**OPTIONS), 1e-5)
+    assert largest["prior"] == 3
+
+
+def test_voices_with_noise_at_every_stage_go_together(
+    small_models, clips, tmp_path, monkeypatch
+):
+    narrow_refinegan(monkeypatch)
+    spec = maker.VoiceFile("v1", 32, vocoder="RefineGAN", speakers=4)
+    config = [*maker.SMALL_VOICE]
+    config[12], config[14] = [10, 4, 4, 2], [16, 16, 4, 4]  # as many stages as narrowed
+    maker.write_voice("test", spec, config, tmp_path / "voice.pth", 1)
+    converter = batching_converter(small_models, 1 << 30, tmp_path / "voice.pth")
+    assert converter.voice.noise_shapes
+    options = ConversionOptions(**OPTIONS | {"x_pad": 1.0})
+    two = [clips[0][:1600], clips[1][:1600]]
+    assert check_like_alone(converter, two, options, 1e-5)["vocoder"] == 2
+
+
+def test_one_at_a_time_is_exactly_as_alone(small_converter, clips):
+    found = small_converter.convert_many(clips, 16000)
+    for clip, (audio, _) in zip(clips, found, strict=True):
+        alone = small_converter.convert(clip, 16000)
+        np.testing.assert_array_equal(audio, alone.audio)
+
+
+def test_the_budget_of_the_engine_is_kept(small_models, clips):
+    converter = batching_converter(small_models, 0)
+    frame_bytes = 4 * 32 * converter.encoder.config.conv_dim  # of the encoder's
+    limited = batching_converter(small_models, 190 * frame_bytes)
+    assert limited.encoder.batch_frames == 190
+    limited.convert_many(clips, 16000, ConversionOptions(**OPTIONS))
+    # 0.3 s and twice 0.25 s of context are about 80 frames: two fit, three do not.
+    assert batches(limited)["encode"] == 2
+    converter.convert_many(clips, 16000, ConversionOptions(**OPTIONS))
+    assert set(batches(converter).values()) == {1}
+
+
+def test_segments_of_one_recording_keep_their_order(small_models, speech):
+    cuts = {"x_query": 0.1, "x_center": 2, "x_max": 2}
+    options = ConversionOptions(**OPTIONS | cuts)
+    one = batching_converter(small_models, 0).convert(speech, 16000, options).audio
+    converter = batching_converter(small_models, 1 << 30)
+    many = converter.convert(speech, 16000, options).audio
+    assert np.abs(one - many).max() <= 1e-5
+    assert batches(converter)["vocoder"] > 1
+
+
+def test_noise_and_rates_are_each_recording_s_own(small_converter, clips):
+    rates = [16000, 22050, 16000, 8000, 48000]
+    found = small_converter.convert_many(clips, rates, noise=Noise(7))
+    for clip, rate, (audio, _) in zip(clips, rates, found, strict=True):
+        alone = small_converter.convert(clip, rate, noise=Noise(7))
+        np.testing.assert_array_equal(audio, alone.audio)
+
+
+def test_nothing_and_bad_recordings(small_converter, clips):
+    assert small_converter.convert_many([], 16000) == []
+    with pytest.raises(ValueError, match=r"2 recordings and 1 sample rates"):
+        small_converter.convert_many(clips[:2], [16000])
+    with pytest.raises(ValueError, match=r"recording 1: the recording is 5\.0 ms long"):
+        small_converter.convert_many([clips[0], clips[1][:80]], 16000)
+    options = ConversionOptions(reference_lengths=True)
+    with pytest.raises(ValueError, match="recording 0: the recording is so short"):
+        small_converter.convert_many([clips[0][:200], clips[1]], 16000, options)
+
+
+# Files ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(clips, tmp_path):
+    pairs = []
+    for i, clip in enumerate(clips):
+        soundfile.write(tmp_path / f"{i}.wav", clip, 16000, subtype="FLOAT")
+        pairs.append((tmp_path / f"{i}.wav", tmp_path / f"out{i}.wav"))
+    return pairs
+
+
+@pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
+def test_files_together_are_as_alone(small_models, files, batch_bytes):
+    converter = batching_converter(small_models, batch_bytes)
+    options, calls = ConversionOptions(**OPTIONS), []
+    results = converter.convert_files(
+        files, options, subtype="FLOAT", progress=lambda *call: calls.append(call)
+    )
+    assert [number for number, _ in results] == list(range(len(files)))
+    assert {call[0] for call in calls} == set(range(len(files)))
+    assert calls[-1] == (4, pytest.approx(0.505), pytest.approx(0.505))
+    for source, target in files:
+        audio, rate = soundfile.read(source, dtype="float32")
+        found, _ = soundfile.read(target, dtype="float32")
+        alone = converter.convert(audio, rate, options).audio
+        assert found.shape == alone.shape
+        assert np.abs(found - alone).max() <= (1e-5 if batch_bytes else 0)
+
+
+def test_joins_are_each_recording_s_own(small_models, files, speech):
+    converter = batching_converter(small_models, 1 << 30)
+
+    def joins(pairs, **cuts):
+        options = ConversionOptions(**OPTIONS | cuts)
+        return [r.joins for _, r in converter.convert_files(pairs, options)]
+
+    # The five end at 0.3, 0.5, 0.3, 0.3 and 0.505 s, windows after 0.32 s.
+    assert joins(files) == [[], [pytest.approx(0.32)], [], [], [pytest.approx(0.32)]]
+    soundfile.write(files[0][0], speech[:33000], 16000)
+    soundfile.write(files[2][0], speech[20000:53000], 16000)
+    cuts = {"x_query": 0.1, "x_center": 2, "x_max": 2}
+    together = joins(files[:3], **cuts)
+    assert batches(converter)["vocoder"] > 2
+    assert together == [joins([pair], **cuts)[0] for pair in files[:3]]
+    windows = np.arange(0.32, 33000 / 16000, 0.32)
+    for places in together[::2]:
+        [segment] = set(np.round(places, 2)) - set(np.round(windows, 2))
+        assert 1.9 <= segment < 33000 / 16000
+    assert together[0] != together[2]
+
+
+@pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
+def test_a_bad_file_fails_alone(small_models, files, tmp_path, batch_bytes):
+    files[1][0].write_text("no sound")
+    files[3] = (files[3][0], tmp_path / "nowhere" / "x.wav")
+    soundfile.write(files[2][0], np.zeros(200), 16000)
+    converter = batching_converter(small_models, batch_bytes)
+    options = ConversionOptions(reference_lengths=True, **OPTIONS)
+    results = dict(converter.convert_files(files, options))
+    assert sorted(results) == list(range(len(files)))
+    failed = {n: str(r) for n, r in results.items() if isinstance(r, Exception)}
+    assert sorted(failed) == [1, 2, 3]
+    assert "1.wav" in failed[1]
+    assert "so short" in failed[2]
+    assert "nowhere" in failed[3]
+    assert files[0][1].exists()
+    assert files[4][1].exists()
+    assert not files[2][1].exists()
+
+
+def test_what_a_network_raises_ends_its_wave_and_no_more(small_models, files):
+    converter = batching_converter(small_models, 0)
+    run, calls = converter.voice.prior, []
+
+    def start(*arrays):
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise ValueError("weights are damaged")
+        return run.start(*arrays)
+
+    converter.voice.prior = type("Failing", (), {"start": staticmethod(start)})
+    results = dict(converter.convert_files(files, ConversionOptions(**OPTIONS)))
+    failed = [n for n, result in results.items() if isinstance(result, Exception)]
+    assert failed == [1]
+    assert sorted(results) == list(range(len(files)))
+
+
+def test_files_are_opened_when_their_turn_comes(small_models, files):
+    converter = batching_converter(small_models, 0)
+    results = converter.convert_files(files, ConversionOptions(**OPTIONS))
+    next(results)
+    files[4][0].unlink()  # not opened so far
+    assert isinstance(dict(results)[4], FileNotFoundError)
