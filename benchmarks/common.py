@@ -13,10 +13,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+# Before MLX: of two cuDNNs the one loaded first serves both, and PyTorch takes its own only.
+with suppress(ImportError):
+    import torch  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
