@@ -11,6 +11,7 @@ from pathlib import Path
 from recipes.corpus import Shard, find_shards, read_shards, speaker_of
 from recipes.optimisation import Schedule, Training
 from recipes.running import Watch
+from rvc_mlx.training import compiling
 
 log = logging.getLogger("recipes")
 
@@ -28,7 +29,9 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument(
+        "--compile", choices=compiling.WAYS, default="traced", help="the step"
+    )
     parser.add_argument("--start", type=Path, help="exported weights to start from")
     parser.add_argument("--export", type=Path, help="write the weights here afterwards")
 

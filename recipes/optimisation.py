@@ -21,6 +21,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from rvc_mlx.training import compiling
 from rvc_mlx.training.parametrization import Packing
 
 HostBatch = dict[str, np.ndarray]
@@ -95,7 +96,7 @@ class Training:
         loss: LossFunction,
         schedule: Schedule,
         dtype: mx.Dtype = mx.float32,
-        compiled: bool = True,
+        compiled: str = "traced",
     ):
         network.train()
         self.network = network
@@ -107,7 +108,7 @@ class Training:
         self.buffers = _rest(network)
         self.step = 0
         self.seconds = 0.0
-        self._compiled = False
+        self._started = False
         self._optimiser = optim.AdamW(
             schedule.learning_rate,
             betas=[0.9, 0.98],
@@ -117,7 +118,7 @@ class Training:
         self._optimiser.init(self.weights)
         self.moments = self._optimiser.state
         self._loss, self._dtype = loss, dtype
-        self._advance = mx.compile(self._pure_step) if compiled else self._pure_step
+        self._advance = compiling.compiled(self._pure_step, compiled)
 
     def _pure_step(self, weights, buffers, moments, batch, progress):
         def total(trainable):
@@ -157,9 +158,9 @@ class Training:
             raise FloatingPointError(f"step {self.step}: the losses are {values}")
         self.weights, self.buffers, self.moments = weights, buffers, moments
         self.step += 1
-        # The first step of a process compiles, which takes minutes on a bare GPU.
-        self.seconds += time.perf_counter() - launched.began if self._compiled else 0.0
-        self._compiled = True
+        # The first step of a process is traced or compiled, that for minutes on a bare GPU.
+        self.seconds += time.perf_counter() - launched.began if self._started else 0.0
+        self._started = True
         return values
 
     def advance(self, batch: Batch) -> dict[str, float]:

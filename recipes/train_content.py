@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         content_loss(ContentWeights(options.pair, options.speaker)),
         cli.schedule(options, options.learning_rate),
         mx.bfloat16 if options.precision == "bf16" else mx.float32,
-        compiled=not options.no_compile,
+        compiled=options.compile,
     )
     watch = Watch(
         options.work / "content.safetensors", options.minutes, options.log_every

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         network,
         pitch_loss,
         cli.schedule(options, options.learning_rate),
-        compiled=not options.no_compile,
+        compiled=options.compile,
     )
     watch = Watch(
         options.work / "pitch.safetensors", options.minutes, options.log_every

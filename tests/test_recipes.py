@@ -413,7 +413,7 @@ def content_training(seed: int = 0, steps: int = 40) -> tuple[Training, ContentB
         ContentTrainer(TINY_CONTENT, 2),
         content_loss(ContentWeights()),
         Schedule(5e-3, steps),
-        compiled=False,
+        compiled="no",
     )
     return training, batches
 
@@ -452,7 +452,7 @@ def test_a_checkpoint_of_another_size_is_refused(tmp_path):
         ContentTrainer(TINY_CONTENT, 3),
         content_loss(ContentWeights()),
         Schedule(1e-3, 10),
-        compiled=False,
+        compiled="no",
     )
     with pytest.raises(ValueError, match="other sizes"):
         other.load(tmp_path / "a.safetensors")
@@ -477,7 +477,7 @@ def test_half_precision_keeps_float32_weights():
         content_loss(ContentWeights()),
         Schedule(1e-3, 10),
         mx.bfloat16,
-        compiled=False,
+        compiled="no",
     )
     training.advance(prepare_content(batches(0), 20))
     kinds = {value.dtype for _, value in tree_flatten(training.weights)}
@@ -567,7 +567,7 @@ def pitch_training(steps: int) -> tuple[Training, PitchBatches]:
     batches = PitchBatches([glide()], 2, 16, seed=0)
     mx.random.seed(0)
     training = Training(
-        PitchTrainer(TINY_PITCH), pitch_loss, Schedule(2e-2, steps), compiled=False
+        PitchTrainer(TINY_PITCH), pitch_loss, Schedule(2e-2, steps), compiled="no"
     )
     return training, batches
 
@@ -766,7 +766,7 @@ def test_the_content_command_trains_resumes_and_exports(tmp_path):
     tiny_corpus(tmp_path / "c", two_tones("awb"), 2)
     sizes = {k: v for k, v in vars(TINY_CONTENT).items() if k != "final_proj_size"}
     command = [str(tmp_path / "c"), "--work", str(tmp_path / "w"), "--batch", "1"]
-    command += ["--frames", "16", "--no-compile", "--config", json.dumps(sizes)]
+    command += ["--frames", "16", "--config", json.dumps(sizes)]
     train_content.main([*command, "--steps", "2"])
     out = tmp_path / "e.safetensors"
     train_content.main([*command, "--steps", "3", "--export", str(out)])
@@ -804,7 +804,7 @@ def test_the_pitch_command_trains_and_exports(tmp_path):
     tiny_corpus(tmp_path / "c", glide())
     out = tmp_path / "p.safetensors"
     command = [str(tmp_path / "c"), "--work", str(tmp_path / "w"), "--steps", "2"]
-    command += ["--batch", "1", "--frames", "16", "--no-compile"]
+    command += ["--batch", "1", "--frames", "16"]
     command += ["--config", json.dumps(vars(TINY_PITCH))]
     train_pitch.main([*command, "--export", str(out)])
     again = tmp_path / "again.safetensors"
