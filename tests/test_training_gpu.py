@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rvc_mlx.training import forward
+from rvc_mlx.training import forward, fused
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.forward import draw
 from rvc_mlx.training.losses import spectrogram
@@ -86,3 +86,16 @@ def test_quick_step_is_the_native_step(grouped, compiled, monkeypatch):
     quick = losses(Convolutions("batched", "batched", grouped), compiled)
     # Products in TF32, ten bits of fraction, through a whole network and back.
     assert quick == pytest.approx(native, rel=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("shape", [(2, 100, 32), (3, 7, 16), (5, 7)])
+def test_rectifier_and_its_slope(shape, dtype):
+    x = mx.random.normal(shape, key=mx.random.key(0)).astype(dtype)
+    back = mx.random.normal(shape, key=mx.random.key(1)).astype(dtype)
+    [y], [slope] = mx.vjp(fused.leaky_relu, [x], [back])
+    rtol = 1e-6 if dtype == mx.float32 else 1e-2  # plain operations round the slope
+    assert mx.allclose(y, mx.maximum(x, 0.1 * x), rtol)
+    assert mx.allclose(slope, mx.where(x > 0, back, 0.1 * back), rtol)
+    columns = fused.leaky_relu(x.swapaxes(0, 1))  # values that do not lie in order
+    assert mx.array_equal(columns, y.swapaxes(0, 1))

@@ -193,19 +193,18 @@ class WN(nn.Module):
         self, x: mx.array, g: mx.array, mask: mx.array | None = None
     ) -> mx.array:
         """``[B, T, C]`` and speaker ``[B, 1, gin]`` to ``[B, T, C]``."""
-        C = x.shape[-1]
         last = len(self.in_layers) - 1
         conditions = mx.split(self.cond_layer(g), last + 1, axis=-1)
         output = mx.zeros_like(x)
         for i, (gated, res_skip) in enumerate(
             zip(self.in_layers, self.res_skip_layers, strict=True)
         ):
-            a = gated(x) + conditions[i]
-            y = res_skip(mx.tanh(a[..., :C]) * mx.sigmoid(a[..., C:]))
+            a, b = mx.split(gated(x) + conditions[i], 2, axis=-1)
+            skip = res_skip(mx.tanh(a) * mx.sigmoid(b))
             if i < last:
-                x = _masked(x + y[..., :C], mask)
-                y = y[..., C:]
-            output = output + y
+                residual, skip = mx.split(skip, 2, axis=-1)
+                x = _masked(x + residual, mask)
+            output = output + skip
         return _masked(output, mask)
 
 

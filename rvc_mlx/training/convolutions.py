@@ -320,15 +320,31 @@ def batched_conv1d(
     dilation: int = 1,
     groups: int = 1,
 ) -> mx.array:
-    """``mx.conv1d`` with the weight's slope of `weight_slope`; without groups."""
+    """``mx.conv1d`` with the weight's slope of `weight_slope`; without groups.
+
+    One tap is a matrix product, both ways.
+    """
     if groups != 1:
         raise ValueError(f"{groups} groups given; a batched convolution has one")
     taps = weight.shape[1]
+    if taps == stride == 1 and padding == 0:
+        return pointwise_conv1d(x, weight)
     product = with_slope(
         lambda x, w: mx.conv1d(x, w, stride, padding, dilation),
         lambda x, back: weight_slope(x, back, taps, stride, padding, dilation),
     )
     return product(x, weight)
+
+
+def pointwise_conv1d(x: mx.array, weight: mx.array) -> mx.array:
+    """A convolution of one tap, as the matrix product that it is.
+
+    Args:
+        x: ``[B, L, C]``.
+        weight: ``[O, 1, C]``.
+    """
+    y = x.flatten(0, 1) @ weight[:, 0].T
+    return y.reshape(*x.shape[:2], -1)
 
 
 def batched_conv_transpose1d(

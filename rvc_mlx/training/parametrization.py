@@ -12,8 +12,9 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,8 +63,25 @@ class Packing:
 
     def unpack(self, vector: mx.array) -> Parameters:
         """The arrays in a vector of ``pack``; they share its memory."""
-        parts = zip(self._shapes.items(), mx.split(vector, self._ends), strict=True)
+        parts = zip(self._shapes.items(), self._parts(vector), strict=True)
         return {name: part.reshape(shape) for (name, shape), part in parts}
+
+    @cached_property
+    def _parts(self) -> Callable[[mx.array], Sequence[mx.array]]:
+        """The vector cut up. MLX's own slope adds up a whole vector for each part."""
+
+        @mx.custom_function
+        def parts(vector: mx.array) -> list[mx.array]:
+            return cast(list[mx.array], mx.split(vector, self._ends))
+
+        @parts.vjp
+        def joined(
+            vector: mx.array, cotangents: list[mx.array], outputs: Any
+        ) -> mx.array:
+            del vector, outputs
+            return mx.concatenate(cotangents)
+
+        return cast(Callable[[mx.array], Sequence[mx.array]], parts)
 
     def plain(self, vector: mx.array, exact: str, dtype: mx.Dtype) -> Parameters:
         """What ``folded`` gives for the arrays in a vector, on CUDA in one kernel.
