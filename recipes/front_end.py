@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.models.contentvec import ContentVec, ConvLayer
-from rvc_mlx.training.fused import fused
+from rvc_mlx.training.compiling import fused
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
 

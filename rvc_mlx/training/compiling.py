@@ -23,12 +23,14 @@ import mlx.core as mx
 
 WAYS = ("traced", "fused", "no")
 
+Function = Callable[..., Any]
+
 # ``void mlx::core::set_compile_mode(CompileMode)``, in C++ only, and its values.
 _SYMBOL = "_ZN3mlx4core16set_compile_modeENS0_11CompileModeE"
 _NO_FUSE, _ENABLED = 2, 3
 
 
-def compiled(function: Callable[..., Any], way: str) -> Callable[..., Any]:
+def compiled(function: Function, way: str) -> Function:
     """``function`` of trees of arrays, compiled in one of the ways.
 
     Args:
@@ -43,7 +45,7 @@ def compiled(function: Callable[..., Any], way: str) -> Callable[..., Any]:
         raise ValueError(f"compile {way!r}; expected one of {', '.join(WAYS)}")
     if way == "no":
         return function
-    replayed = cast(Callable[..., Any], mx.compile(function))
+    replayed = cast(Function, mx.compile(function))
     if way == "fused":
         return replayed
     _switch()  # fails now rather than at the first step
@@ -53,6 +55,22 @@ def compiled(function: Callable[..., Any], way: str) -> Callable[..., Any]:
             return replayed(*arguments)
 
     return traced
+
+
+def fused(function: Function) -> Function:
+    """``function`` of any shapes as one kernel on a GPU, where nothing differentiates it.
+
+    On the CPU it is left as it is: MLX would call a C compiler.
+    """
+
+    @cache
+    def kernel() -> Function:
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        return (
+            cast(Function, mx.compile(function, shapeless=True)) if on_gpu else function
+        )
+
+    return lambda *arguments: kernel()(*arguments)
 
 
 @contextmanager

@@ -63,12 +63,15 @@ class Packing:
 
     def unpack(self, vector: mx.array) -> Parameters:
         """The arrays in a vector of ``pack``; they share its memory."""
-        parts = zip(self._shapes.items(), self._parts(vector), strict=True)
-        return {name: part.reshape(shape) for (name, shape), part in parts}
+        return self._named(cast(list[mx.array], mx.split(vector, self._ends)))
+
+    def _named(self, parts: Sequence[mx.array]) -> Parameters:
+        named = zip(self._shapes.items(), parts, strict=True)
+        return {name: part.reshape(shape) for (name, shape), part in named}
 
     @cached_property
     def _parts(self) -> Callable[[mx.array], Sequence[mx.array]]:
-        """The vector cut up. MLX's own slope adds up a whole vector for each part."""
+        """The vector cut up. In MLX's own slope, each part adds a whole vector."""
 
         @mx.custom_function
         def parts(vector: mx.array) -> list[mx.array]:
@@ -93,15 +96,15 @@ class Packing:
         """
         on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
         if not on_cuda:
-            weights = folded(self.unpack(vector))
+            weights = folded(self._named(self._parts(vector)))
             return {
                 name: value if name.startswith(exact) else value.astype(dtype)
                 for name, value in weights.items()
             }
         plain = self._folding(vector)
-        weights = self.unpack(plain.astype(dtype))
+        weights = self._named(self._parts(plain.astype(dtype)))
         if dtype != plain.dtype:
-            float32 = self.unpack(plain).items()
+            float32 = self._named(self._parts(plain)).items()
             weights |= {k: v for k, v in float32 if k.startswith(exact)}
         return {
             name.removesuffix("_v") if name.endswith(".weight_v") else name: value
