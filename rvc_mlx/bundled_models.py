@@ -1,6 +1,7 @@
 """The models that the package brings along, by name: two voices and what they need.
 
-They are demonstration weights, trained on synthetic speech; docs/MODELS.md lists them::
+They are early demonstration weights, trained on synthetic speech; docs/MODELS.md lists
+them with what they reach::
 
     bundled/
     ├── contentvec.safetensors    the content encoder and the pitch network,

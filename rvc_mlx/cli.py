@@ -645,8 +645,9 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     print(
-        f"The bundled voice {DEMO_VOICE} speaks, but no better than small networks that "
-        "learnt from synthetic speech alone: see the README for real voices.",
+        f"The bundled voice {DEMO_VOICE} is an early one, of small networks that learnt "
+        "from synthetic speech alone: it keeps the melody, but most of its words cannot "
+        "be understood. See the README for real voices.",
         flush=True,
     )
     words = ["convert", str(SPEECH), "-o", arguments.output]

@@ -16,6 +16,9 @@ from typing import Any
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from evaluation_report import SUMMARY, table_cell
 
 from rvc_mlx.bundled_models import FOLDER, NETWORKS, VOICES
 from rvc_mlx.checkpoint import hash_file, read_checkpoint
@@ -42,6 +45,8 @@ FACTS = {  # metadata to what a person calls it, in this order
     "epoch": "epochs",
     "trained_by": "trained by",
 }
+GOALS_FROM = "natural"  # the evaluation that a voice's goals are read from
+UNINTELLIGIBLE = 50.0  # % of wrong words from which on most are not understood
 Table = Sequence[Sequence[Any]]
 
 
@@ -74,8 +79,16 @@ def files(folder: Path) -> str:
 def figures(title: str, values: Mapping[str, Any]) -> list[str]:
     """Nested figures as tables: one of rows and columns where all rows have the same."""
     inner = {k: v for k, v in values.items() if isinstance(v, Mapping) and v}
-    lists = {k: v for k, v in values.items() if isinstance(v, list) and v}
-    plain = [(k, v) for k, v in values.items() if not isinstance(v, Mapping | list)]
+    lists = {
+        name: value
+        for name, value in values.items()
+        if isinstance(value, list) and value and isinstance(value[0], Mapping)
+    }
+    plain = [
+        (name, value)
+        for name, value in values.items()
+        if name not in lists and not isinstance(value, Mapping)
+    ]
     parts = [f"**{title}**\n"]
     if plain:
         parts.append(table(("figure", "value"), plain) + "\n")
@@ -94,6 +107,33 @@ def figures(title: str, values: Mapping[str, Any]) -> list[str]:
     return parts if len(parts) > 1 else []
 
 
+def verdict(summary: Mapping[str, Any]) -> list[str]:
+    """What a voice reached of its goals, and whether its words are understood.
+
+    Args:
+        summary: judge to its figures, of one evaluation; empty for a network.
+    """
+    rows = []
+    for shown in SUMMARY:
+        if shown.sign and shown.judge in summary:
+            value = summary[shown.judge].get(shown.metric)
+            goal = f"{shown.sign} {shown.goal:g}"
+            rows.append((shown.label, goal, table_cell(value), shown.verdict(value)))
+    if not rows:
+        return []
+    met = sum(row[-1] == "met" for row in rows)
+    told = f"Meets {met} of {len(rows)} goals"
+    words = summary.get("words", {})
+    wrong, before = words.get("word_error_output"), words.get("word_error_source")
+    if wrong is not None:
+        share = f"{wrong:.0f} % of the words wrong, in the source {before:.0f} %"
+        told += f"; a recogniser gets {share}"
+        if wrong >= UNINTELLIGIBLE:
+            told += ": mostly not intelligible"
+    header = ("goal", "target", "reached", "verdict")
+    return [f"**{told}.**\n", table(header, rows) + "\n"]
+
+
 def model(path: Path) -> str:
     """One network: sizes, provenance, figures."""
     checkpoint = read_checkpoint(path)
@@ -106,10 +146,7 @@ def model(path: Path) -> str:
         if told.get(name) is not None
     ]
     parts = [f"## {path.name}\n", table(("", ""), rows) + "\n"]
-    if int(told.get("steps", told.get("step", 0))) == 0:
-        parts.append(
-            "**Untrained: a stand-in of random weights, it does not speak.**\n"
-        )
+    parts += verdict(told["metrics"].get(GOALS_FROM, {}))
     if path.with_suffix(".index").exists():
         index = read_index(path.with_suffix(".index"))
         parts.append(
@@ -122,6 +159,17 @@ def model(path: Path) -> str:
     else:
         parts.append("Not judged: no figures came with it.\n")
     return "\n".join(parts)
+
+
+def voices(folder: Path) -> str:
+    """A line for every voice: how long it was trained and what that reached."""
+    lines = []
+    for name in VOICES:
+        told = read_checkpoint(folder / f"{name}.safetensors").metadata
+        reached = verdict(told["metrics"].get(GOALS_FROM, {}))
+        words = reached[0].strip("*.\n") if reached else "Not judged"
+        lines.append(f"- `{name}`, {told['step']} training steps: {words}.\n")
+    return "".join(lines)
 
 
 def clip(path: Path) -> str:
@@ -145,6 +193,7 @@ def document(folder: Path) -> str:
             "`rvc-mlx download` and the README say how to get the public ones. "
             "[recipes/README.md](../recipes/README.md) makes the bundled ones from "
             "nothing; `python -m recipes.bundle` writes them.\n",
+            voices(folder),
             files(folder),
             *(model(folder / name) for name in networks),
             clip(folder / "speech.flac"),
