@@ -12,9 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from recipes.draws import CHORD, CURVES, NOTE, RATE_STEPS
+from recipes.optimisation import fused
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.spectral import HOP_LENGTH, LOG_FLOOR, N_FFT, hann_window, mel_filters
-from rvc_mlx.training.compiling import fused
 
 MAX_RATE = 1.45  # fastest resampling
 

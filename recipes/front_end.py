@@ -6,7 +6,7 @@ identities spare most of it:
 * A convolution is linear, so mean and variance over time of its output follow from mean
   and covariance of the ten samples it sees. The norm behind the first layer then lies in
   its weights, of every clip its own, and its input is never written.
-* GELU's slope is one fused kernel, where automatic differentiation makes ten.
+* GELU's slope needs only its input; in a fused step it is one kernel.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from math import pi, sqrt
 import mlx.core as mx
 import mlx.nn as nn
 
+from recipes.optimisation import fused
 from rvc_mlx.models.contentvec import ContentVec, ConvLayer
-from rvc_mlx.training.compiling import fused
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
 

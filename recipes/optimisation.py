@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,21 @@ _ALL = "all"  # name of the vector that holds every weight
 # Network, batch and strength (0 at the start of training, 1 at its end) to losses;
 # "total" is what is minimised.
 LossFunction = Callable[[nn.Module, Batch, mx.array], Losses]
+
+
+def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """``function`` of any shapes as one kernel on a GPU; on the CPU it is left as it is.
+
+    There MLX would call a C compiler. Nothing is fused while MLX differentiates, nor in a
+    step that is only traced.
+    """
+
+    @cache
+    def kernel() -> Callable[..., mx.array]:
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        return mx.compile(function, shapeless=True) if on_gpu else function
+
+    return lambda *arguments: kernel()(*arguments)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,6 @@ from rvc_mlx.version import __version__
 if TYPE_CHECKING:
     from rvc_mlx.batch import Manifest, Task
     from rvc_mlx.pipeline import VoiceConverter
-    from rvc_mlx.report import Report
 
 FORMATS = ("wav", "flac", "mp3", "ogg")
 SUBTYPES = {"16": "PCM_16", "24": "PCM_24", "float": "FLOAT"}
@@ -353,7 +352,7 @@ def _convert_one(
     task: Task,
     options: ConversionOptions,
     arguments: argparse.Namespace,
-) -> Report:
+) -> None:
     _make_folder(task.target.parent)
     start = time.perf_counter()
     with _Progress(task.source.name) as progress:
@@ -370,7 +369,6 @@ def _convert_one(
         f"{spent:.1f} s, {report.seconds / spent:.1f} x realtime",
         flush=True,
     )
-    return report
 
 
 def _convert_many(

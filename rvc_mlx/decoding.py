@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 
 import numpy as np
 
@@ -122,7 +123,7 @@ def start_windows(
     planned = (
         w for zi, piece in zip(z, pieces, strict=True) for w in _plan(voice, zi, piece)
     )
-    length = lambda window: window.length  # noqa: E731 (twice, on the next line)
+    length = attrgetter("length")
     for batch in neighbours(planned, length, length, voice.batch_frames):
         inputs = [
             together(

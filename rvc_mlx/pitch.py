@@ -170,7 +170,10 @@ def estimate_all(
 
     def begun() -> Iterator[tuple[list[_Chunk], Array]]:
         pairs = zip(chunks, in_parallel(mel, chunks), strict=True)
-        size = lambda pair: len(pair[1])  # noqa: E731 (twice, on the next line)
+
+        def size(pair: tuple[_Chunk, np.ndarray]) -> int:
+            return len(pair[1])
+
         for group in neighbours(pairs, size, size, settings.batch_frames):
             mels = np.stack([mel for _, mel in group])
             yield [chunk for chunk, _ in group], salience(mels)

@@ -1,13 +1,13 @@
 """How a training step is compiled, if it is.
 
-MLX builds a graph of some 25,000 operations for one step, and in Python that takes longer
-than a GPU needs for them. Each way below does it once for each shape of batch:
+One step is a graph of some 13,000 operations, and to build it in Python takes longer than
+a GPU needs for them:
 
-- ``"traced"``: the operations are kept as they are and replayed. Nothing else is
+- ``"traced"``: it is built once for each shape of batch and replayed as it is. Nothing is
   compiled, so that training starts at once.
-- ``"fused"``: operations that follow one another also become one kernel where they can.
-  On CUDA hundreds of kernels are compiled for that, minutes on a new machine.
-- ``"no"``: the graph is built anew at each step.
+- ``"fused"``: likewise, and operations that follow one another become one kernel where
+  they can. On CUDA hundreds of kernels are compiled for that, minutes on a new machine.
+- ``"no"``: it is built anew at each step.
 """
 
 from __future__ import annotations
@@ -55,22 +55,6 @@ def compiled(function: Function, way: str) -> Function:
             return replayed(*arguments)
 
     return traced
-
-
-def fused(function: Function) -> Function:
-    """``function`` of any shapes as one kernel on a GPU, where nothing differentiates it.
-
-    On the CPU it is left as it is: MLX would call a C compiler.
-    """
-
-    @cache
-    def kernel() -> Function:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        return (
-            cast(Function, mx.compile(function, shapeless=True)) if on_gpu else function
-        )
-
-    return lambda *arguments: kernel()(*arguments)
 
 
 @contextmanager

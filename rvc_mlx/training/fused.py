@@ -50,10 +50,14 @@ def _rectifier(slope: float) -> Function:
     return cast(Function, rectified)
 
 
+def on_cuda() -> bool:
+    """Whether MLX computes on an NVIDIA GPU now, so that CUDA kernels run."""
+    return bool(mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu))
+
+
 def _whole_warps(x: mx.array) -> bool:
     """Whether a kernel takes ``x``: on CUDA, and no thread is without a value."""
-    on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
-    return bool(on_cuda and x.size and x.size % _WARP == 0)
+    return on_cuda() and x.size > 0 and x.size % _WARP == 0
 
 
 @cache

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 
 from rvc_mlx.training.discriminators import Discriminator
 from rvc_mlx.training.forward import training_network
+from rvc_mlx.training.fused import on_cuda
 from rvc_mlx.training.presets import TrainingConfig
 from rvc_mlx.training.weight_norm import folding, piece_rows
 
@@ -65,6 +66,10 @@ class Packing:
         """The arrays in a vector of ``pack``; they share its memory."""
         return self._named(cast(list[mx.array], mx.split(vector, self._ends)))
 
+    def _cut(self, vector: mx.array) -> Parameters:
+        """As ``unpack``, with a slope of one concatenation."""
+        return self._named(self._parts(vector))
+
     def _named(self, parts: Sequence[mx.array]) -> Parameters:
         named = zip(self._shapes.items(), parts, strict=True)
         return {name: part.reshape(shape) for (name, shape), part in named}
@@ -94,17 +99,16 @@ class Packing:
             exact: what the names of weights start with that stay float32.
             dtype: of the others.
         """
-        on_cuda = mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
-        if not on_cuda:
-            weights = folded(self._named(self._parts(vector)))
+        if not on_cuda():
+            weights = folded(self._cut(vector))
             return {
                 name: value if name.startswith(exact) else value.astype(dtype)
                 for name, value in weights.items()
             }
         plain = self._folding(vector)
-        weights = self._named(self._parts(plain.astype(dtype)))
+        weights = self._cut(plain.astype(dtype))
         if dtype != plain.dtype:
-            float32 = self._named(self._parts(plain)).items()
+            float32 = self._cut(plain).items()
             weights |= {k: v for k, v in float32 if k.startswith(exact)}
         return {
             name.removesuffix("_v") if name.endswith(".weight_v") else name: value
