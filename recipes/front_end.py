@@ -3,9 +3,8 @@
 At 16 kHz the first layers' activations are most of what a step reads and writes. Two
 identities spare most of it:
 
-* A convolution is linear, so mean and variance over time of its output follow from mean
-  and covariance of the ten samples it sees. The norm behind the first layer then lies in
-  its weights, of every clip its own, and its input is never written.
+* The norm behind the first layer lies in its weights, of every clip its own, and its
+  input is never written (``rvc_mlx.fused_encoder``).
 * GELU's slope needs only its input; in a fused step it is one kernel.
 """
 
@@ -17,9 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from recipes.optimisation import fused
+from rvc_mlx.fused_encoder import normed_convolution
 from rvc_mlx.models.contentvec import ContentVec, ConvLayer
-
-_COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
 
 
 def quicken(encoder: ContentVec) -> None:
@@ -59,36 +57,3 @@ class _Layer(nn.Module):
         if "layer_norm" not in self:
             return gelu(self.conv(x))
         return gelu(normed_convolution(x, self.conv, self.layer_norm))
-
-
-def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.array:
-    """``norm(conv(audio))``.
-
-    Args:
-        audio: ``[B, L, 1]``, L a multiple of the stride.
-        conv: from one channel, its kernel two strides long.
-        norm: ``TimeNorm``.
-
-    Returns:
-        ``[B, L', C]``.
-    """
-    B, L, _ = audio.shape
-    stride, taps = conv.stride, conv.weight.shape[1]
-    if L % stride or taps != 2 * stride:
-        raise ValueError(f"{L} samples, {taps} taps and stride {stride} do not fit")
-    blocks = audio.reshape(B, L // stride, stride)
-    windows = mx.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=-1)  # [B, n, taps]
-    exact = windows.astype(mx.float32)
-    mean = exact.mean(axis=1)  # [B, taps]
-    centred = exact - mean[:, None]
-    covariance = centred.swapaxes(1, 2) @ centred / windows.shape[1]
-    weight = conv.weight[..., 0].astype(mx.float32)  # [C, taps]
-    variance = ((weight @ covariance) * weight).sum(axis=-1)  # [B, C]
-    scale = norm.weight * mx.rsqrt(variance + norm._eps)
-    shift = norm.bias - (mean @ weight.T) * scale
-    rows = [weight.T * scale[:, None], shift[:, None]]  # [B, taps, C], [B, 1, C]
-    rows.append(mx.zeros((B, _COLUMNS - taps - 1, len(weight))))
-    ones = mx.ones((B, windows.shape[1], 1), windows.dtype)
-    zeros = mx.zeros((B, windows.shape[1], _COLUMNS - taps - 1), windows.dtype)
-    windows = mx.concatenate([windows, ones, zeros], axis=-1)
-    return windows @ mx.concatenate(rows, axis=1).astype(windows.dtype)

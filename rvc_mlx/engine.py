@@ -22,11 +22,13 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from rvc_mlx import fused_encoder
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.device_index import DeviceIndex
 from rvc_mlx.feature_index import Index
 from rvc_mlx.fused_blocks import FusedBlocks
 from rvc_mlx.gru_kernel import checked, supports
+from rvc_mlx.models.contentvec import ContentVec
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU
 from rvc_mlx.noise import DeviceNoise, Noise
@@ -130,8 +132,12 @@ class MLXEngine:
         """The step as this device does it best."""
         if self._device == mx.Device(mx.cpu):
             return step  # MLX's CPU back end would call a C compiler for each fusion
-        if isinstance(step, HiFiGAN) and self._fast_products:
-            step._average = FusedBlocks(step)
+        if self._fast_products and mx.cuda.is_available():
+            network = getattr(step, "func", step)
+            if isinstance(network, HiFiGAN):
+                network._average = FusedBlocks(network)
+            elif isinstance(network, ContentVec):
+                fused_encoder.quicken(network)
         if isinstance(step, GRU):
             return checked(step) if supports(step) else step
         # On CUDA compiled networks were no faster, and each fusion takes seconds once.

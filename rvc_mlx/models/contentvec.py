@@ -186,6 +186,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
         self._num_heads = num_heads
+        self._attend = mx.fast.scaled_dot_product_attention
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, F, C]`` to ``[B, F, C]``."""
@@ -193,7 +194,7 @@ class Attention(nn.Module):
             mx.unflatten(project(x), -1, (self._num_heads, -1)).transpose(0, 2, 1, 3)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, heads, F, C / heads]
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        y = self._attend(q, k, v, scale=q.shape[-1] ** -0.5)
         return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2))
 
 

@@ -1,0 +1,136 @@
+"""ContentVec's slow parts as an NVIDIA GPU computes them best, to the precision of TF32.
+
+Three of them are worth it, for a recording of 30 seconds:
+
+* The norm behind the first convolution reads and writes its largest array several times.
+  A convolution is linear, so mean and variance over time of its output follow from mean
+  and covariance of the ten samples it sees: the norm goes into the weights.
+* Attention of float32 arrays has no quick kernel. float16 has TF32's ten bits of fraction;
+  sums and softmax stay float32.
+* The positional convolution of 128 taps in 16 groups becomes one product a group, of
+  windows that start every 8 frames.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from rvc_mlx.models.contentvec import ContentVec, ConvLayer, PositionalConvEmbedding
+
+_COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
+_STEP = 8  # frames from one window of the positional convolution to the next
+
+
+def quicken(encoder: ContentVec) -> None:
+    """Let a loaded encoder compute this way from now on."""
+    layers = encoder.feature_extractor.conv_layers
+    layers[0] = NormedLayer(layers[0])
+    encoder.encoder.pos_conv_embed = WindowedEmbedding(encoder.encoder.pos_conv_embed)
+    for layer in encoder.encoder.layers:
+        layer.attention._attend = half_attention
+
+
+def half_attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float
+) -> mx.array:
+    """``mx.fast.scaled_dot_product_attention`` with float32 factors shortened to float16."""
+    short = (x.astype(mx.float16) if x.dtype == mx.float32 else x for x in (q, k, v))
+    y = mx.fast.scaled_dot_product_attention(*short, scale=scale)
+    return y.astype(q.dtype)
+
+
+class NormedLayer(nn.Module):
+    """A ``ConvLayer`` with a norm, through ``normed_convolution``."""
+
+    def __init__(self, layer: ConvLayer):
+        super().__init__()
+        self.conv, self.layer_norm = layer.conv, layer.layer_norm
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, 1]`` to ``[B, L', C]``."""
+        whole = x.shape[1] // self.conv.stride * self.conv.stride
+        return nn.gelu(normed_convolution(x[:, :whole], self.conv, self.layer_norm))
+
+
+def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.array:
+    """``norm(conv(audio))``.
+
+    Args:
+        audio: ``[B, L, 1]``, L a multiple of the stride.
+        conv: from one channel, its kernel two strides long.
+        norm: ``TimeNorm``.
+
+    Returns:
+        ``[B, L', C]``.
+
+    Raises:
+        ValueError: the sizes are others.
+    """
+    B, L, _ = audio.shape
+    stride, taps = conv.stride, conv.weight.shape[1]
+    if L % stride or taps != 2 * stride:
+        raise ValueError(f"{L} samples, {taps} taps and stride {stride} do not fit")
+    blocks = audio.reshape(B, L // stride, stride)
+    windows = mx.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=-1)  # [B, n, taps]
+    exact = windows.astype(mx.float32)
+    mean = exact.mean(axis=1)  # [B, taps]
+    centred = exact - mean[:, None]
+    covariance = centred.swapaxes(1, 2) @ centred / windows.shape[1]
+    weight = conv.weight[..., 0].astype(mx.float32)  # [C, taps]
+    variance = ((weight @ covariance) * weight).sum(axis=-1)  # [B, C]
+    scale = norm.weight * mx.rsqrt(variance + norm._eps)
+    shift = norm.bias - (mean @ weight.T) * scale
+    rows = [weight.T * scale[:, None], shift[:, None]]  # [B, taps, C], [B, 1, C]
+    rows.append(mx.zeros((B, _COLUMNS - taps - 1, len(weight))))
+    ones = mx.ones((B, windows.shape[1], 1), windows.dtype)
+    zeros = mx.zeros((B, windows.shape[1], _COLUMNS - taps - 1), windows.dtype)
+    windows = mx.concatenate([windows, ones, zeros], axis=-1)
+    return windows @ mx.concatenate(rows, axis=1).astype(windows.dtype)
+
+
+class WindowedEmbedding(nn.Module):
+    """``PositionalConvEmbedding`` as one matrix product for each group.
+
+    A window gives the outputs of ``_STEP`` frames, from the inputs that any of them sees;
+    its weights are the kernel once for each of these frames, moved along by one::
+
+        frame 0   w w w w w . .
+        frame 1   . w w w w w .
+        frame 2   . . w w w w w
+    """
+
+    def __init__(self, layer: PositionalConvEmbedding):
+        super().__init__()
+        weight, groups = layer.conv.weight, layer.conv.groups
+        O, K, c = weight.shape
+        self._padding, self._groups = layer.conv.padding, groups
+        self._blocks = -(-(K + _STEP - 1) // _STEP)
+        kernel = np.array(weight.astype(mx.float32)).reshape(groups, O // groups, K, c)
+        moved = np.zeros(
+            (groups, self._blocks * _STEP, c, _STEP, O // groups), np.float32
+        )
+        for frame in range(_STEP):
+            moved[:, frame : frame + K, :, frame] = kernel.transpose(0, 2, 3, 1)
+        moved = moved.reshape(groups, -1, _STEP * O // groups)
+        self.weight = mx.array(moved).astype(weight.dtype)
+        self.bias = layer.conv.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, F, C]`` to ``[B, F, C]``."""
+        B, F, C = x.shape
+        G, S = self._groups, _STEP * C // self._groups
+        windows = -(-F // _STEP)
+        rows = windows + self._blocks - 1
+        behind = rows * _STEP - F - self._padding
+        x = mx.pad(x, [(0, 0), (self._padding, behind), (0, 0)])
+        x = x.reshape(B, rows, _STEP, G, C // G).transpose(3, 0, 1, 2, 4)
+        x = mx.contiguous(x)
+        width = self._blocks * S
+        x = mx.as_strided(
+            x, (G, B, windows, width), (B * rows * S, rows * S, S, 1)
+        ).reshape(G, B * windows, width)
+        y = (x @ self.weight).reshape(G, B, windows, _STEP, C // G)
+        y = y.transpose(1, 2, 3, 0, 4).reshape(B, windows * _STEP, C)[:, :F]
+        return nn.gelu(y + self.bias)

@@ -1,0 +1,75 @@
+"""The encoder as a GPU computes it best is the encoder."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+from rvc_mlx import fused_encoder
+from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
+from rvc_mlx.models.contentvec import PositionalConvEmbedding as Embedding
+
+CONFIG = ContentVecConfig(
+    conv_dim=16,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=2,
+    intermediate_size=32,
+    pos_conv_kernel=16,
+    pos_conv_groups=4,
+    final_proj_size=8,
+)
+
+
+@pytest.fixture
+def encoder():
+    mx.random.seed(0)
+    return ContentVec(CONFIG)
+
+
+def audio(length):
+    # An offset and unlike levels: the norm's mean and variance count.
+    noise = mx.random.normal((2, length), key=mx.random.key(1))
+    return noise * mx.array([[0.1], [0.4]]) + 0.05
+
+
+@pytest.mark.parametrize("length", [400, 16080, 16083])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_features_are_the_plain_encoders(encoder, version, length):
+    plain = encoder(audio(length), version)
+    fused_encoder.quicken(encoder)
+    quick = encoder(audio(length), version)
+    assert quick.shape == plain.shape
+    # Attention's factors have ten bits of fraction.
+    assert np.abs(quick - plain).max() < 2e-3 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_stays_what_it_is(encoder, dtype):
+    encoder.set_dtype(dtype)
+    fused_encoder.quicken(encoder)
+    assert encoder(audio(4000).astype(dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("frames", [1, 7, 8, 9, 150])
+@pytest.mark.parametrize("kernel", [8, 16, 20])
+def test_windowed_embedding_is_the_convolution(frames, kernel):
+    sizes = {**vars(CONFIG), "pos_conv_kernel": kernel}
+    plain = Embedding(ContentVecConfig(**sizes))
+    plain.conv.bias = mx.random.normal((32,), key=mx.random.key(2))
+    quick = fused_encoder.WindowedEmbedding(plain)
+    x = mx.random.normal((3, frames, 32), key=mx.random.key(3))
+    assert np.allclose(quick(x), plain(x), atol=1e-5)
+
+
+def test_normed_layer_is_exact():
+    layer = ContentVec(CONFIG).feature_extractor.conv_layers[0]
+    layer.layer_norm.weight = mx.random.normal((16,), key=mx.random.key(4))
+    x = audio(4003)[..., None]
+    assert np.allclose(fused_encoder.NormedLayer(layer)(x), layer(x), atol=1e-5)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    conv = nn.Conv1d(1, 4, 9, stride=5)
+    with pytest.raises(ValueError, match="20 samples, 9 taps and stride 5"):
+        fused_encoder.normed_convolution(mx.zeros((1, 20, 1)), conv, None)
