@@ -37,7 +37,7 @@ UNHEARD = {
     "features": Goal("speaker named from the mean of the features, %", "<=", 40),
     "features_mean_and_spread": Goal("the same from mean and spread, %", "<=", 40),
 }
-_ENGLISH = ("festival", "flite", "hts")  # engines of voices without a foreign accent
+_ENGLISH = ("festival", "flite", "hts", "kokoro")  # engines of voices without an accent
 _SHORTEST, _LONGEST = 16000, 8 * 16000  # samples of a clip
 Features = Callable[[np.ndarray], np.ndarray]  # [n] at 16 kHz to [F, C]
 Summary = Callable[[np.ndarray], np.ndarray]  # [F, C] to what the probe sees of it

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes import engines, text
+from recipes import engines, kokoro, text
 from recipes.corpus import Clip, make_clip, write_shard
 from recipes.engines import Utterance, flite, hts_engine, slt_labels
 from recipes.espeak import espeak_ng
@@ -115,6 +115,21 @@ def _espeak(speaker: Speaker, rng: np.random.Generator, words) -> Iterator[Clip]
     )
 
 
+def _kokoro(speaker: Speaker, rng: np.random.Generator, words) -> Iterator[Clip]:
+    voice, engine = speaker.voice, kokoro.kokoro()
+    others = [n for n in engine.names if n not in kokoro.HELD_OUT]
+    own = kokoro.LANGUAGES.get(voice[0])
+    if own and rng.random() < 0.3:
+        accent, sentence = own, text.invented_sentences(1, rng)[0]
+    else:
+        accent = "en-gb" if voice[0] == "b" else "en-us"
+        sentence = text.sentences(1, rng, words)[0]
+    share = 0.0 if speaker.test else 0.6
+    style = kokoro.mixed_style(voice, rng, others, share)
+    spoken = kokoro.clauses(sentence, accent)
+    yield _clip(engine.say(spoken, style, rng.uniform(0.75, 1.3), accent))
+
+
 def _mapped(speaker: Speaker, rng: np.random.Generator, words) -> Iterator[Clip]:
     sentences = text.sentences(_BLOCK, rng, words)
     yield from mapped_clips(sentences, speaker.voice, speaker.f0, rng)
@@ -127,6 +142,7 @@ _BLOCKS = {
     "hts": _hts,
     "espeak": _espeak,
     "mapped": _mapped,
+    "kokoro": _kokoro,
 }
 
 
@@ -176,12 +192,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    write_provenance(options.folder, options.seed)
     deadline = time.time() + 60 * options.minutes
     parts = 1 if options.test else options.parts
     chosen = TEST if options.test else TRAINING
     if options.speakers:
         chosen = tuple(s for s in chosen if s.name in options.speakers)
+    neural = any(speaker.engine == "kokoro" for speaker in chosen)
+    others = kokoro.versions() if neural else {}
+    write_provenance(options.folder, options.seed, others)
     with ProcessPoolExecutor(options.workers) as pool:
         jobs = [
             pool.submit(

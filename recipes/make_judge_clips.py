@@ -26,7 +26,7 @@ from rvc_mlx.audio import SAMPLE_RATE
 log = logging.getLogger("recipes")
 
 SENTENCES = Path(__file__).with_name("sentences.txt")
-MAPPED = {speaker.name: speaker for speaker in TEST}
+MAPPED = {s.name: s for s in TEST if s.engine == "mapped"}
 FLITE = ("awb", "rms", "slt", "kal16")
 VOICES = (*neural.NEURAL, *MAPPED, *FLITE)
 _ALL_MAPPED = "mapped"

@@ -15,12 +15,12 @@ class Speaker:
 
     Attributes:
         name: of its shards.
-        engine: ``"festival"``, ``"russian"``, ``"flite"``, ``"hts"``, ``"espeak"`` or
-            ``"mapped"`` (English by the phones of another language).
+        engine: ``"festival"``, ``"russian"``, ``"flite"``, ``"hts"``, ``"espeak"``,
+            ``"kokoro"`` or ``"mapped"`` (English by the phones of another language).
         voice: the engine's name for it, or a variant of espeak-ng.
         minutes: audio in the corpus.
         licence: of the voice.
-        package: Debian package that holds it.
+        package: Debian package that holds it; of Kokoro's voices, that of npm.
         f0: the voice's own mean in Hz where the engine is told one, else 0.
         test: never in a training corpus.
     """
@@ -74,7 +74,7 @@ def _mapped(name: str, voice: str, licence: str, package: str, f0: float) -> Spe
     return Speaker(name, "mapped", voice, 5, licence, package, f0, test=True)
 
 
-TEST = (
+_MAPPED = (
     _mapped("ph", "czech_ph", "GPL-2+", "festvox-czech-ph", 130),
     _mapped("krb", "czech_krb", "GPL-3+", "festvox-czech-krb", 250),
     _mapped("dita", "czech_dita", "GPL-3+", "festvox-czech-dita", 215),
@@ -85,7 +85,25 @@ TEST = (
     _mapped("mv", "hy_fi_mv_diphone", "LGPL-2+", "festvox-suopuhe-mv", 90),
     _mapped("nsk", "hindi_NSK_diphone", "GPL-2+", "festvox-hi-nsk", 130),
 )
-TRAINING = _TRAINING + ESPEAK
+# Neural voices, the nearest to people.
+_KOKORO_VOICES = (
+    *("af_alloy", "af_aoede", "af_bella", "af_heart", "af_jessica", "af_kore"),
+    *("af_nicole", "af_nova", "af_river", "af_sarah", "af_sky", "am_adam", "am_echo"),
+    *("am_eric", "am_fenrir", "am_liam", "am_michael", "am_onyx", "am_puck"),
+    *("am_santa", "bf_alice", "bf_emma", "bf_isabella", "bf_lily", "bm_daniel"),
+    *("bm_fable", "bm_george", "bm_lewis", "ef_dora", "em_alex", "em_santa"),
+    *("ff_siwis", "hf_alpha", "hf_beta", "hm_omega", "hm_psi", "if_sara", "im_nicola"),
+    *("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro", "jm_kumo", "pf_dora"),
+    *("pm_alex", "pm_santa", "zf_xiaobei", "zf_xiaoni", "zf_xiaoxiao", "zf_xiaoyi"),
+    *("zm_yunjian", "zm_yunxi", "zm_yunxia", "zm_yunyang"),
+)
+_KOKORO_TESTS = ("af_heart", "am_michael", "bf_emma")
+KOKORO = tuple(
+    Speaker(v, "kokoro", v, 5, "Apache-2.0", "kokoro-js", test=v in _KOKORO_TESTS)
+    for v in _KOKORO_VOICES
+)
+TRAINING = (*_TRAINING, *ESPEAK, *(s for s in KOKORO if not s.test))
+TEST = (*_MAPPED, *(s for s in KOKORO if s.test))
 SPEAKERS = {speaker.name: speaker for speaker in (*TRAINING, *TEST)}
 
 # What the recordings of a voice need beside its own package, by its engine.
@@ -98,5 +116,5 @@ ENGINE_PACKAGES = {
 PACKAGES = (
     *("espeak-ng", "libespeak-ng1", "flite", "festival", "festlex-cmu", "htsengine"),
     *("festlex-poslex", "festival-czech", "festival-hi", "festlex-ifd"),
-    *sorted({s.package for s in (*_TRAINING, *TEST)} - {"flite"}),
+    *sorted({s.package for s in (*_TRAINING, *_MAPPED)} - {"flite"}),
 )

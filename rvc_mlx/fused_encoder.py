@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rvc_mlx.models.contentvec import ContentVec, ConvLayer, PositionalConvEmbedding
+from rvc_mlx.models.contentvec import ContentVec
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
 _STEP = 8  # frames from one window of the positional convolution to the next
@@ -32,9 +32,7 @@ def quicken(encoder: ContentVec) -> None:
         layer.attention._attend = half_attention
 
 
-def half_attention(
-    q: mx.array, k: mx.array, v: mx.array, *, scale: float
-) -> mx.array:
+def half_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
     """``mx.fast.scaled_dot_product_attention`` with float32 factors shortened to float16."""
     short = (x.astype(mx.float16) if x.dtype == mx.float32 else x for x in (q, k, v))
     y = mx.fast.scaled_dot_product_attention(*short, scale=scale)
@@ -44,7 +42,7 @@ def half_attention(
 class NormedLayer(nn.Module):
     """A ``ConvLayer`` with a norm, through ``normed_convolution``."""
 
-    def __init__(self, layer: ConvLayer):
+    def __init__(self, layer: nn.Module):
         super().__init__()
         self.conv, self.layer_norm = layer.conv, layer.layer_norm
 
@@ -101,20 +99,22 @@ class WindowedEmbedding(nn.Module):
         frame 2   . . w w w w w
     """
 
-    def __init__(self, layer: PositionalConvEmbedding):
+    def __init__(self, layer: nn.Module):
         super().__init__()
         weight, groups = layer.conv.weight, layer.conv.groups
-        O, K, c = weight.shape
+        outputs, K, c = weight.shape
         self._padding, self._groups = layer.conv.padding, groups
         self._blocks = -(-(K + _STEP - 1) // _STEP)
-        kernel = np.array(weight.astype(mx.float32)).reshape(groups, O // groups, K, c)
+        kernel = np.array(weight.astype(mx.float32)).reshape(
+            groups, outputs // groups, K, c
+        )
         moved = np.zeros(
-            (groups, self._blocks * _STEP, c, _STEP, O // groups), np.float32
+            (groups, self._blocks * _STEP, c, _STEP, outputs // groups), np.float32
         )
         for frame in range(_STEP):
             moved[:, frame : frame + K, :, frame] = kernel.transpose(0, 2, 3, 1)
-        moved = moved.reshape(groups, -1, _STEP * O // groups)
-        self.weight = mx.array(moved).astype(weight.dtype)
+        rows = moved.reshape(groups, -1, _STEP * outputs // groups)
+        self.weight = mx.array(rows).astype(weight.dtype)
         self.bias = layer.conv.bias
 
     def __call__(self, x: mx.array) -> mx.array:

@@ -7,7 +7,7 @@ Source: Hsu et al. 2021 (HuBERT), Qian et al. 2022 (ContentVec); layout of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -132,7 +132,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, config: ContentVecConfig):
         super().__init__()
-        self.conv_layers = [
+        self.conv_layers: list[nn.Module] = [
             ConvLayer(1 if i == 0 else config.conv_dim, config.conv_dim, k, s, i == 0)
             for i, (k, s) in enumerate(_CONV_LAYERS)
         ]
@@ -186,7 +186,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
         self._num_heads = num_heads
-        self._attend = mx.fast.scaled_dot_product_attention
+        self._attend: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, F, C]`` to ``[B, F, C]``."""
@@ -234,7 +234,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ContentVecConfig):
         super().__init__()
-        self.pos_conv_embed = PositionalConvEmbedding(config)
+        self.pos_conv_embed: nn.Module = PositionalConvEmbedding(config)
         self.layer_norm = nn.LayerNorm(config.hidden_size)
         self.layers = [EncoderLayer(config) for _ in range(config.num_layers)]
 
