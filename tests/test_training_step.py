@@ -963,7 +963,22 @@ def test_tensors_that_do_not_fit_are_named(pretrained_files, tmp_path):
         match=r"2 tensors.*dec\.conv_pre\.bias is missing; enc_p\.proj\.weight is \(7, 16, 1\), this run wants \(24, 16, 1\)",
     ):
         load_pretrained(tmp_path / "other.pth", None, config, 0)
-    voice = {k: v for k, v in changed.items() if not k.startswith("enc_q")}
-    torch.save({"weight": voice}, tmp_path / "voice.pth")
-    with pytest.raises(ValueError, match="an inference voice has no enc_q"):
-        load_pretrained(tmp_path / "voice.pth", None, config, 0)
+
+
+def test_a_finished_voice_is_taken_and_its_posterior_encoder_starts_random(
+    pretrained_files, tmp_path
+):
+    config, _, (tensors, _) = pretrained_files
+    kept = {k: v for k, v in tensors.items() if not k.startswith("enc_q")}
+    path = tmp_path / "voice.pth"
+    torch.save({"weight": {k: torch.from_numpy(v) for k, v in kept.items()}}, path)
+    loaded = load_pretrained(path, None, config, 0)
+    back = to_torch(loaded.generator)
+    fresh = to_torch(initial(config, 0)[0])
+    assert back.keys() == tensors.keys()
+    for name, value in back.items():
+        assert np.array_equal(value, kept.get(name, fresh[name])), name
+    assert loaded.notes[1] == (
+        f"voice.pth: a finished voice, without posterior encoder: the "
+        f"{len(tensors) - len(kept)} tensors of enc_q. start random"
+    )

@@ -120,7 +120,8 @@ def _add_networks(group: Any) -> None:
     )  # fmt: skip
     group.add_argument(
         "--pretrained-g", "--g-pretrained-path", "--pretrain-g", "-pg", metavar="FILE",
-        help="generator to start from: f0G40k.pth and the like, or a G_*.pth",
+        help="generator to start from: f0G40k.pth and the like, a G_*.pth, or a finished "
+        "voice, whose posterior encoder then starts random",
     )  # fmt: skip
     group.add_argument(
         "--pretrained-d", "--d-pretrained-path", "--pretrain-d", "-pd", metavar="FILE",

@@ -13,6 +13,8 @@ from rvc_mlx.training.parametrization import Parameters, from_torch, initial, to
 from rvc_mlx.training.presets import TrainingConfig
 
 _SPEAKERS = "emb_g.weight"
+_PHONES = "enc_p.emb_phone.weight"
+_POSTERIOR = "enc_q."
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ def load_pretrained(
 ) -> Pretrained:
     """Read pretrained parameters; what has no file starts random.
 
-    The one difference allowed is the number of speakers: rows of ``emb_g`` that the file
-    lacks stay random, rows that the run lacks are left out, and a note says so.
+    Two differences are allowed, and a note says so: another number of speakers (rows of
+    ``emb_g`` that the file lacks stay random, rows that the run lacks are left out), and
+    a finished voice, which has no posterior encoder ``enc_q``: that starts random.
 
     Args:
-        generator: ``f0G*.pth``, ``G*.pth`` or ``G_*.pth``, with its ``enc_q``.
+        generator: ``f0G*.pth``, ``G*.pth`` or ``G_*.pth``, or a finished voice.
         discriminator: ``f0D*.pth``, ``D*.pth`` or ``D_*.pth``.
         config: of the run.
         seed: of the random parameters.
@@ -65,9 +68,22 @@ def _load(path: Path, own: Parameters, notes: list[str]) -> Parameters:
     loaded = from_torch(tensors)
     if _SPEAKERS in loaded and _SPEAKERS in own:
         loaded[_SPEAKERS] = _speakers(path, loaded[_SPEAKERS], own[_SPEAKERS], notes)
-    _require_all(path, loaded, own)
+    random = _posterior(loaded, own)
+    _require_all(path, {**random, **loaded}, own)
     notes.append(f"{path.name}: all {len(tensors)} tensors loaded")
-    return loaded
+    if random:
+        notes.append(
+            f"{path.name}: a finished voice, without posterior encoder: the "
+            f"{len(to_torch(random))} tensors of {_POSTERIOR} start random"
+        )
+    return {**random, **loaded}
+
+
+def _posterior(loaded: Parameters, own: Parameters) -> Parameters:
+    """This run's posterior encoder where a voice's file has none of it."""
+    if any(name.startswith(_POSTERIOR) for name in loaded) or _PHONES not in loaded:
+        return {}
+    return {name: value for name, value in own.items() if name.startswith(_POSTERIOR)}
 
 
 def _speakers(
@@ -108,15 +124,11 @@ def _require_all(
 
 def _hint(loaded: Mapping[str, mx.array], own: Mapping[str, mx.array]) -> str:
     """The likely reason, for the usual mistakes."""
-    if ("enc_p.emb_phone.weight" in own) != ("enc_p.emb_phone.weight" in loaded):
+    if (_PHONES in own) != (_PHONES in loaded):
         return " (generator and discriminator files may be swapped)"
-    if "enc_q.pre.weight" in own and "enc_q.pre.weight" not in loaded:
-        return (
-            " (an inference voice has no enc_q; give the training checkpoint G_*.pth)"
-        )
     pitch = "enc_p.emb_pitch.weight"
     if (pitch in own) != (pitch in loaded):
         return " (one of the two is with pitch, f0G*.pth, the other without, G*.pth)"
-    if "enc_p.emb_phone.weight" not in own:
+    if _PHONES not in own:
         return " (v1 has 7 discriminators, v2 has 9; give the file of this version)"
     return " (give the file of this sample rate and version)"
