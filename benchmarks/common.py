@@ -14,14 +14,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 # Before MLX: of two cuDNNs the one loaded first serves both, and PyTorch takes its own only.
-with suppress(ImportError):
-    import torch  # noqa: F401
+if any((d.name or "").startswith("mlx-cuda") for d in distributions()):
+    with suppress(ImportError):
+        import torch  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
