@@ -833,6 +833,14 @@ def test_continued_run_keeps_what_it_was_started_with(folder, monkeypatch):
     assert (folder / "v_2e_8s.pth").exists()
 
 
+def test_learning_rate_falls_as_it_is_told(folder, monkeypatch):
+    idle_steps(monkeypatch)
+    assert main(words(folder, "--decay", "0.5", epochs=2)) == 0
+    assert [r["learning_rate"] for r in rows(folder) if SCORE in r] == pytest.approx(
+        [1e-4, 5e-5]
+    )
+
+
 def test_folder_without_data_is_one_line(tmp_path, capsys):
     assert main(["train", "-o", str(tmp_path / "new"), "--index", "no"]) == 1
     assert "no prepared data" in capsys.readouterr().err

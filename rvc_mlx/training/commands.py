@@ -150,6 +150,8 @@ def _add_run(group: Any) -> None:
     number("--save-minutes", default=5.0, least=0.0,
            text="minutes between saves of the state")  # fmt: skip
     number("--learning-rate", "-lr", default=1e-4, least=0.0, text="of the first epoch")
+    number("--decay", "--lr-decay", default=0.999875, least=0.0,
+           text="factor of the learning rate from epoch to epoch")  # fmt: skip
     number("--patience", default=0, least=0,
            text="stop after N validations without a better score, 0 for never")  # fmt: skip
     number("--validate-every", default=1, least=1,
