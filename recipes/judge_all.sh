@@ -50,5 +50,5 @@ step pitch "$python" -m recipes.evaluate_pitch "$corpus/pitch-test" --network "$
   --snr inf 20 10 5 --report "$results/pitch.json"
 step content "$python" -m recipes.evaluate_content "$encoder" "$corpus/content/part-0" \
   "$corpus/content-test" --report "$results/content.json" --speakers \
-  kal ked awb slt slt_hts rms nsh ph krb dita machac lp pc lj nsk
+  kal ked awb slt slt_hts rms nsh ph krb dita machac lp pc lj nsk af_heart am_michael bf_emma
 "$python" tools/render_evaluation.py --results "$results"
