@@ -86,14 +86,17 @@ class Work:
         self.values += math.prod(output) + sum(map(math.prod, inputs))
 
 
-def count_work(steps: Sequence[Any], arrays: Sequence[mx.array]) -> Work:
-    """Count the products of a seam's steps on inputs of these shapes."""
+def count_work(
+    steps: Sequence[Any], arrays: Sequence[mx.array], dtype: mx.Dtype = mx.float32
+) -> Work:
+    """Count the products of a seam's steps of that type on inputs of these shapes."""
     work = Work()
-    arguments = [mx.zeros(a.shape, a.dtype) for a in arrays]
+    types = [dtype if a.dtype == mx.float32 else a.dtype for a in arrays]
+    arguments = [mx.zeros(a.shape, t) for a, t in zip(arrays, types, strict=True)]
     with mx.stream(mx.cpu):  # traced only: nothing is computed
         for step in steps:
             if isinstance(step, GRU):
-                arguments = [_count_gru(work, step, arguments[0])]
+                arguments = [_count_gru(work, step, arguments[0]).astype(dtype)]
                 continue
             events: list[dict[str, Any]] = []
             mx.export_function(events.append, lambda *a, s=step: s(*a), *arguments)
@@ -219,7 +222,10 @@ def profile_stage(
     families: dict[str, float] = defaultdict(float)
     for name, (ms, _) in kernels.items():
         families[family(name)] += ms
-    work = count_work(stage.seam.build(mx.float32), arrays)
+    # Of another type: a voice's seams share one network, and the engine may have put
+    # kernels of its own into that of its type.
+    counted = mx.bfloat16 if dtype == mx.float32 else mx.float32
+    work = count_work(stage.seam.build(counted), arrays, counted)
     exact = stage.seam.exact or dtype == mx.float32
     return {
         "stage": stage.seam.name,
