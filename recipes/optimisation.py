@@ -153,6 +153,7 @@ class Training:
 
     def launch(self, batch: Batch) -> Launched:
         """Queue one step; the device works on it while the caller prepares the next."""
+        began = time.perf_counter()
         progress = self.schedule.progress(self.step, self.seconds)
         moments = dict(self.moments)
         moments["learning_rate"] = mx.array(self.schedule.rate(progress), mx.float32)
@@ -160,7 +161,7 @@ class Training:
             self.weights, self.buffers, moments, batch, mx.array(progress, mx.float32)
         )
         mx.async_eval(queued)
-        return Launched(queued, time.perf_counter())
+        return Launched(queued, began)
 
     def finish(self, launched: Launched) -> dict[str, float]:
         """Wait for a step and take over its state; its losses as numbers.
