@@ -79,7 +79,10 @@ def _required(path: Path, what: str) -> Path:
 
 
 def _facts(name: str, folder: Path, recordings: Path) -> dict[str, Any]:
-    """Provenance: as of an exported network, with the packages of this speaker only."""
+    """Provenance: as of an exported network, with the packages of this speaker only.
+
+    A voice that was trained on from another says from which.
+    """
     if not (recordings / PROVENANCE).is_file():
         raise FileNotFoundError(
             f"{recordings}: has no {PROVENANCE}; give the folder that "
@@ -90,4 +93,7 @@ def _facts(name: str, folder: Path, recordings: Path) -> dict[str, Any]:
     used = {*ENGINE_PACKAGES[speaker.engine], speaker.package}
     versions = facts["packages"].split()
     facts["packages"] = " ".join(v for v in versions if v.split("=")[0] in used)
-    return {**facts, "seed": read_json(folder / RUN)["options"]["seed"]}
+    plan = read_json(folder / RUN)
+    start = "; ".join(plan.get("started_from", ()))
+    facts |= {"started_from": start} if start else {}
+    return {**facts, "seed": plan["options"]["seed"]}

@@ -86,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     history = run(training, prepared(batches, training.step, options.frames), watch)
     facts = corpus_facts(options.corpus, batches.speakers)
     facts["seed"] = str(options.seed)
+    facts |= cli.start_facts(options)
     write_history(options.work / "content.jsonl", history, facts)
     if options.export:
         export_encoder(options.export, training, config, facts)

@@ -118,6 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     speakers = sorted({shard.speaker for shard in shards if len(shard.f0)})
     facts = corpus_facts(options.corpus, speakers)
     facts["seed"] = str(options.seed)
+    facts |= cli.start_facts(options)
     write_history(options.work / "pitch.jsonl", history, facts)
     if options.export:
         unseen = PitchBatches(

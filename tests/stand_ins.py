@@ -60,7 +60,8 @@ def write_run(folder: Path, name: str, networks, seed: int, width: int = 64) -> 
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((500, width)).astype(np.float32)
     build_index(rows, folder / f"{name}.index", "v2")
-    Plan(config, RunOptions(seed=seed), name).save(folder)
+    start = ["before.safetensors (sha256 0)"] if seed == 0 else []
+    Plan(config, RunOptions(seed=seed), name, started_from=start).save(folder)
     settings = {
         "features": {"encoder_sha256": hash_file(networks.encoder), "version": "v2"},
         "pitch": {"rmvpe_sha256": hash_file(networks.rmvpe), "threshold": 0.03},

@@ -118,12 +118,14 @@ def test_metadata_tells_where_a_voice_comes_from(bundled_set):
         "licences_of_voices": "CMU permissive",
         "packages": "festvox-us-slt-hts=0 htsengine=1",  # of this speaker alone
         "seed": 0,
+        "started_from": "before.safetensors (sha256 0)",
         "limits": bundle.LIMITS,
         "metrics": {"heard": {"clips": 2, "f0": {"rpa": 90}}},
     }
     assert told.items() >= expected.items()
     other = read_checkpoint(bundled_set / "rms.safetensors").metadata
     assert (other["speakers"], other["seed"], other["metrics"]) == ("rms", 1, {})
+    assert "started_from" not in other
 
 
 def test_reports_go_to_what_they_judge(bundled_set):

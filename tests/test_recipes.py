@@ -789,8 +789,13 @@ def test_the_content_command_trains_resumes_and_exports(tmp_path):
     more = ["--minutes", "0", "--start", str(out), "--export", str(again)]
     train_content.main([*command, *more])
     assert_same_weights(again, out, "contentvec")
+    assert started_from(again, "contentvec").startswith(f"{out.name} (sha256 ")
     heads = [path.with_suffix(".head.safetensors") for path in (out, again)]
     assert heads[0].read_bytes() == heads[1].read_bytes()
+
+
+def started_from(path, kind):
+    return read_weights(path, kind).metadata.get("started_from")
 
 
 def assert_same_weights(own, other, kind, besides=()):
@@ -813,6 +818,8 @@ def test_the_pitch_command_trains_and_exports(tmp_path):
     train_pitch.main([*command, *more])
     # The last bias is shifted once more, by the threshold's calibration.
     assert_same_weights(again, out, "rmvpe", ["fc.1.bias"])
+    assert started_from(again, "rmvpe").startswith(f"{out.name} (sha256 ")
+    assert started_from(out, "rmvpe") is None
     report = tmp_path / "report.json"
     evaluate_pitch.main(
         [

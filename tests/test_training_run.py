@@ -26,7 +26,7 @@ import pytest
 import soundfile
 import torch
 
-from rvc_mlx.checkpoint import read_checkpoint
+from rvc_mlx.checkpoint import hash_file, read_checkpoint
 from rvc_mlx.cli import main
 from rvc_mlx.formats.torch_writer import write_torch
 from rvc_mlx.models.layers import load_strictly
@@ -866,6 +866,12 @@ def test_voice_starts_from_public_checkpoints(folder, tmp_path):
     for part, network in (("g", generator), ("d", discriminator)):
         for name, value in network.items():
             np.testing.assert_array_equal(state[f"{part}.{name}"], np.array(value))
+    told = json.loads((folder / "run.json").read_text())["started_from"]
+    assert told == [f"{path.name} (sha256 {hash_file(path)})" for path in paths]
+    again = ["train", "-o", folder, "--resume", "--index", "no", "--device", "cpu"]
+    again += ["--epochs", 1, "--similarity", "no", "--tensorboard", "no"]
+    assert main([str(word) for word in again]) == 0
+    assert json.loads((folder / "run.json").read_text())["started_from"] == told
 
 
 def test_train_command_from_recordings_to_a_voice_that_converts(

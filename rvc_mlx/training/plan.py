@@ -7,13 +7,14 @@ those that are given take the place of what is kept.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rvc_mlx.checkpoint import read_checkpoint
+from rvc_mlx.checkpoint import hash_file, read_checkpoint
 from rvc_mlx.training import filelist
 from rvc_mlx.training.files import read_json, write_json
 from rvc_mlx.training.presets import TrainingConfig, preset
@@ -35,6 +36,7 @@ class Plan:
         embedder: name of the content encoder.
         hold_out: share of the clips kept for validation.
         validation_clips: clips spoken at each validation.
+        started_from: pretrained files, each with its hash; none: random weights.
     """
 
     config: TrainingConfig
@@ -44,6 +46,7 @@ class Plan:
     embedder: str = "contentvec"
     hold_out: float = 0.02
     validation_clips: int = 8
+    started_from: Sequence[str] = ()
 
     def save(self, folder: Path) -> None:
         """Keep the plan in the run's folder.
@@ -113,7 +116,9 @@ def make_plan(folder: Path, arguments: argparse.Namespace) -> Plan:
                 f"{arguments.version} has (v1: 256, v2: others); pass the other "
                 "--version, or prepare the data with another --encoder"
             )
-        plan = Plan(config, RunOptions(), folder.name)
+        files = (arguments.pretrained_g, arguments.pretrained_d)
+        start = [f"{Path(f).name} (sha256 {hash_file(f)})" for f in files if f]
+        plan = Plan(config, RunOptions(), folder.name, started_from=start)
     given = {k: v for k, v in vars(arguments).items() if v is not None}
     options = {name: given[name] for name in _OPTIONS if name in given}
     planned = {name: given[name] for name in _PLANNED if name in given}
