@@ -751,7 +751,9 @@ def test_layout_and_weight_norm(name):
 def test_the_slope_of_a_packed_network_is_put_together_once(rng):
     sizes = {f"part{i}": (3, i + 1) for i in range(200)}
     packing = Packing(sizes)
-    vector = mx.array(rng.standard_normal(sum(3 * n for _, n in sizes.values())))
+    vector = packing.pack(
+        {name: mx.array(rng.standard_normal(shape)) for name, shape in sizes.items()}
+    )
 
     def squares(vector):
         parts = packing.plain(vector, "none.", mx.float32)
@@ -763,6 +765,23 @@ def test_the_slope_of_a_packed_network_is_put_together_once(rng):
     # MLX's own adds up one vector of zeros for each part.
     assert "SliceUpdate" not in graph.getvalue()
     assert mx.allclose(slope, 2 * vector)
+
+
+def test_every_part_of_a_packed_network_is_aligned(rng):
+    sizes = {f"part{i}": (i % 5 + 1, i + 1) for i in range(30)}
+    packing = Packing(sizes)
+    arrays = {n: rng.standard_normal(shape, np.float32) for n, shape in sizes.items()}
+    vector = packing.pack({name: mx.array(array) for name, array in arrays.items()})
+    found = packing.unpack(vector)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert np.array_equal(found[name], array)
+    order = np.array(vector).tolist()
+    starts = [order.index(array.flat[0]) for array in arrays.values()]
+    assert all(start % 8 == 0 for start in starts)
+    assert len(vector) - np.count_nonzero(vector) == sum(
+        -array.size % 8 for array in arrays.values()
+    )
 
 
 @pytest.mark.parametrize("name", KINDS)

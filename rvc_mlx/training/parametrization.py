@@ -43,24 +43,39 @@ _SPELLINGS = (
 )
 
 
+_ALIGNED = 8  # values: 16 bytes in half precision, which products on a GPU rely on
+
+
 class Packing:
     """Many arrays as one vector: an optimiser then runs a few kernels, not thousands.
+
+    Each array starts at a multiple of ``_ALIGNED``; the values between are 0.
 
     Args:
         shapes: by name.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
-        # Odd sizes last: what is before them stays aligned to 16 bytes in half precision too.
-        self._shapes = dict(
-            sorted(shapes.items(), key=lambda item: math.prod(item[1]) % 8 > 0)
-        )
-        sizes = [math.prod(shape) for shape in self._shapes.values()]
+        self._shapes = dict(shapes)
+        self._gaps = {
+            name: -math.prod(shape) % _ALIGNED for name, shape in shapes.items()
+        }
+        sizes = [
+            size
+            for name, shape in shapes.items()
+            for size in (math.prod(shape), self._gaps[name])
+            if size
+        ]
         self._ends = np.cumsum(sizes)[:-1].tolist()
 
     def pack(self, arrays: Mapping[str, mx.array]) -> mx.array:
         """Arrays of these names as ``[n]``."""
-        return mx.concatenate([arrays[name].reshape(-1) for name in self._shapes])
+        parts = []
+        for name, gap in self._gaps.items():
+            parts.append(arrays[name].reshape(-1))
+            if gap:
+                parts.append(mx.zeros((gap,), parts[-1].dtype))
+        return mx.concatenate(parts)
 
     def unpack(self, vector: mx.array) -> Parameters:
         """The arrays in a vector of ``pack``; they share its memory."""
@@ -71,8 +86,12 @@ class Packing:
         return self._named(self._parts(vector))
 
     def _named(self, parts: Sequence[mx.array]) -> Parameters:
-        named = zip(self._shapes.items(), parts, strict=True)
-        return {name: part.reshape(shape) for (name, shape), part in named}
+        named, rest = {}, iter(parts)
+        for name, shape in self._shapes.items():
+            named[name] = next(rest).reshape(shape)
+            if self._gaps[name]:
+                next(rest)
+        return named
 
     @cached_property
     def _parts(self) -> Callable[[mx.array], Sequence[mx.array]]:
@@ -122,10 +141,14 @@ class Packing:
 
     def rows(self) -> list[tuple[int, int, int, int]]:
         """The vector as ``weight_norm.folding`` wants to be told of it."""
-        starts = dict(zip(self._shapes, [0, *self._ends], strict=True))
+        starts, end = {}, 0
+        for name, shape in self._shapes.items():
+            starts[name] = end
+            end += math.prod(shape) + self._gaps[name]
         rows = []
         for name, shape in self._shapes.items():
             start, size = starts[name], math.prod(shape)
+            rows += piece_rows(start + size, self._gaps[name])
             if name.endswith(".weight_v"):
                 g_name = f"{name[:-1]}g"
                 g, places = self._shapes[g_name], starts[g_name]
