@@ -13,12 +13,14 @@ from typing import Any
 
 import common
 import numpy as np
+from our_side import find_f0
 from torch_side import TorchPitch
 from twins import Sides, main_for_each, save
 
 from rvc_mlx import pitch
+from rvc_mlx.arrays import to_host
 from rvc_mlx.loading import PitchNet, read_weights
-from rvc_mlx.spectral import N_FFT, log_mel
+from rvc_mlx.spectral import N_FFT
 from rvc_reference import rmvpe
 
 LENGTHS = [5.0, 30.0, 60.0, 180.0, 300.0]
@@ -35,9 +37,7 @@ def measure_length(
     curves: dict[str, np.ndarray] = {}
 
     def ours() -> None:
-        curves["ours"] = pitch.estimate_f0(
-            net.salience, lambda start, stop: audio[start:stop], len(audio)
-        )
+        curves["ours"] = find_f0(net, audio)
 
     def reference() -> None:
         curves["torch"] = theirs.estimate_f0(audio)
@@ -58,10 +58,10 @@ def measure_parts(net: PitchNet, theirs: TorchPitch, runs: int) -> dict[str, Any
     """Where the time of five seconds goes: mel, network, decoding; medians in seconds."""
     audio = common.synthetic_audio(5.0)
     padded = np.pad(audio, N_FFT // 2, mode="reflect")
-    mel = log_mel(padded, net.config.n_mels)[:480][None]
+    mel = to_host(net.log_mel(padded, net.config.n_mels))[:480][None]
     salience = net.salience(mel)[0]
     calls = {
-        "ours mel": lambda: log_mel(padded, net.config.n_mels),
+        "ours mel": lambda: to_host(net.log_mel(padded, net.config.n_mels)),
         "PyTorch mel": lambda: theirs.log_mel(audio).cpu(),
         "ours network": lambda: net.salience(mel),
         "PyTorch network": lambda: theirs.salience(mel),

@@ -9,11 +9,10 @@ from typing import Protocol
 import common
 import numpy as np
 import torch
-from our_side import OurSynthesis, SynthesisInputs
+from our_side import OurSynthesis, SynthesisInputs, find_f0
 from torch_side import OnDevice, Place, TorchPipeline, synthesize
 from twins import Sides, converter
 
-from rvc_mlx import pitch
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 
@@ -57,9 +56,7 @@ class Ours:
         """As of ``Side``."""
         net = self._converter.pitch_net
         assert net is not None
-        signal = pitch.Signal(lambda start, stop: audio[start:stop], len(audio))
-        settings = pitch.PitchSettings(batch_frames=net.batch_frames)
-        return pitch.estimate_all(net.salience.start, [signal], settings)[0]
+        return find_f0(net, audio)
 
     def synthesizer(self, inputs: SynthesisInputs) -> np.ndarray:
         """As of ``Side``."""

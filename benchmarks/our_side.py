@@ -16,7 +16,7 @@ from rvc_mlx import pitch
 from rvc_mlx.arrays import Array, one_ahead
 from rvc_mlx.decoding import Piece, sample_latents, start_windows
 from rvc_mlx.engine import Run, Seam, Step, fingerprint
-from rvc_mlx.loading import Engine, Voice, read_weights
+from rvc_mlx.loading import Engine, PitchNet, Voice, read_weights
 from rvc_mlx.models.layers import load_strictly
 from rvc_mlx.models.synthesizer import Synthesizer, sanitize
 from rvc_mlx.models.voice_config import SynthesizerConfig
@@ -27,6 +27,18 @@ from rvc_mlx.segments import Segment
 FRAME_LENGTHS = (50, 51, 70)  # at which seams of any length are traced
 
 Shapes = Sequence[tuple[tuple[int, ...], mx.Dtype]]
+
+
+def find_f0(net: PitchNet, audio: np.ndarray) -> np.ndarray:
+    """F0 ``[n // 160 + 1]`` of 16 kHz audio ``[n]``, as a conversion finds it."""
+    signal = pitch.Signal(lambda start, stop: audio[start:stop], len(audio))
+    settings = pitch.PitchSettings(
+        net.config.n_mels,
+        frames_multiple=net.frames_multiple,
+        batch_frames=net.batch_frames,
+        log_mel=net.log_mel,
+    )
+    return pitch.estimate_all(net.salience.start, [signal], settings)[0]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ import numpy as np
 from rvc_mlx import fused_encoder
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.device_index import DeviceIndex
+from rvc_mlx.device_mel import device_log_mel
 from rvc_mlx.feature_index import Index
 from rvc_mlx.fused_blocks import FusedBlocks
 from rvc_mlx.gru_kernel import checked, supports
@@ -33,6 +34,7 @@ from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU
 from rvc_mlx.noise import DeviceNoise, Noise
 from rvc_mlx.retrieval import Blend, blending
+from rvc_mlx.spectral import log_mel
 
 log = logging.getLogger("rvc_mlx")
 
@@ -128,6 +130,13 @@ class MLXEngine:
             mx.array(features), rate, exact=exact
         )
 
+    def log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
+        """See ``spectral.log_mel``; on a GPU where products may be short of float32."""
+        if self._fast_products and self._device == mx.Device(mx.gpu):
+            with mx.stream(self._device):
+                return device_log_mel(samples, n_mels)
+        return log_mel(samples, n_mels)
+
     def _prepared(self, step: Step) -> Step:
         """The step as this device does it best."""
         if self._device == mx.Device(mx.cpu):
@@ -216,6 +225,10 @@ class OpenVINOEngine:
     def blending(self, index: Index) -> Blend:
         """Retrieval where the features are."""
         return blending(index)
+
+    def log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
+        """See ``spectral.log_mel``."""
+        return log_mel(samples, n_mels)
 
     def _options(self, seam: Seam) -> dict[str, Any]:
         precision = "f32" if seam.exact else self.precision

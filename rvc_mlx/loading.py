@@ -250,10 +250,12 @@ class PitchNet:
         path: its file.
         config: its sizes.
         batch_frames: most frames of several chunks that go through it together.
+        log_mel: its input, of samples and bands.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine):
         self.path = checkpoint.path
+        self.log_mel = engine.log_mel
         self._tensors = rmvpe.sanitize(checkpoint.tensors)
         self.config = RMVPEConfig.from_tensors(self._tensors)
         # The decoder's first join: an image of two halves.

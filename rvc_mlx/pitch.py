@@ -12,7 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead, to_host
+from rvc_mlx.arrays import (
+    Array,
+    array_module,
+    neighbours,
+    one_ahead,
+    to_host,
+    together,
+)
 from rvc_mlx.machine import in_parallel
 from rvc_mlx.spectral import HOP_LENGTH, N_FFT, log_mel
 
@@ -32,6 +39,7 @@ CHUNK_CONTEXT = 512  # of these, frames on each inner side that are thrown away
 AUTOTUNE_NOTES = np.round(440 * 2 ** ((np.arange(31, 85) - 69) / 12), 2)  # G1..C6, Hz
 
 Reader = Callable[[int, int], np.ndarray]
+LogMel = Callable[[np.ndarray, int], Array]  # see ``spectral.log_mel``
 
 
 def decode_salience(
@@ -71,6 +79,7 @@ class PitchSettings:
             ``"constant"`` (zeros, the WebUI).
         chunk_frames: frames per chunk, a multiple of ``frames_multiple``.
         batch_frames: most frames of equal chunks that go through the network together.
+        log_mel: of samples and bands; another one than the host's runs on one thread.
 
     Raises:
         ValueError: ``chunk_frames`` leaves nothing between the contexts, or is no
@@ -83,6 +92,7 @@ class PitchSettings:
     mel_padding: str = "reflect"
     chunk_frames: int = CHUNK_FRAMES
     batch_frames: int = 0
+    log_mel: LogMel = log_mel
 
     def __post_init__(self) -> None:
         multiple, chunk = self.frames_multiple, self.chunk_frames
@@ -119,7 +129,7 @@ class _Chunk:
 
 
 def estimate_f0(
-    salience: Callable[[np.ndarray], Array],
+    salience: Callable[[Array], Array],
     read: Reader,
     length: int,
     n_mels: int = 128,
@@ -136,7 +146,7 @@ def estimate_f0(
 
 
 def estimate_all(
-    salience: Callable[[np.ndarray], Array],
+    salience: Callable[[Array], Array],
     signals: Sequence[Signal],
     settings: PitchSettings,
 ) -> list[np.ndarray]:
@@ -164,18 +174,20 @@ def estimate_all(
         for chunk in _plan_chunks(number, len(curve), settings)
     ]
 
-    def mel(chunk: _Chunk) -> np.ndarray:
+    def mel(chunk: _Chunk) -> Array:
         frames = _mel_frames(signals[chunk.number], chunk.start, chunk.stop, settings)
         return _fill_up(frames, settings.frames_multiple, settings.mel_padding)
 
     def begun() -> Iterator[tuple[list[_Chunk], Array]]:
-        pairs = zip(chunks, in_parallel(mel, chunks), strict=True)
+        on_host = settings.log_mel is log_mel
+        made = in_parallel(mel, chunks) if on_host else map(mel, chunks)
 
-        def size(pair: tuple[_Chunk, np.ndarray]) -> int:
+        def size(pair: tuple[_Chunk, Array]) -> int:
             return len(pair[1])
 
+        pairs = zip(chunks, made, strict=True)
         for group in neighbours(pairs, size, size, settings.batch_frames):
-            mels = np.stack([mel for _, mel in group])
+            mels = together([mel[None] for _, mel in group])
             yield [chunk for chunk, _ in group], salience(mels)
 
     for group, found in one_ahead(begun()):
@@ -201,7 +213,7 @@ def _plan_chunks(number: int, total: int, settings: PitchSettings) -> Iterator[_
 
 def _mel_frames(
     signal: Signal, start: int, stop: int, settings: PitchSettings
-) -> np.ndarray:
+) -> Array:
     """Log-mel frames ``start..stop`` of a signal, reflected at its two ends."""
     first = start * HOP_LENGTH - N_FFT // 2
     last = (stop - 1) * HOP_LENGTH + N_FFT // 2
@@ -209,12 +221,15 @@ def _mel_frames(
     pads = (max(-first, 0), max(last - signal.length, 0))
     if any(pads):
         samples = np.pad(samples, pads, mode="reflect")
-    return log_mel(samples, settings.n_mels)
+    return settings.log_mel(samples, settings.n_mels)
 
 
-def _fill_up(mel: np.ndarray, multiple: int, padding: str) -> np.ndarray:
+def _fill_up(mel: Array, multiple: int, padding: str) -> Array:
     missing = -len(mel) % multiple
-    return np.pad(mel, ((0, missing), (0, 0)), mode=padding) if missing else mel  # type: ignore[call-overload]
+    if not missing:
+        return mel
+    padded: Array = array_module(mel).pad(mel, ((0, missing), (0, 0)), mode=padding)
+    return padded
 
 
 def shift_f0(f0: np.ndarray, semitones: float) -> np.ndarray:

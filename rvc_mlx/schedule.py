@@ -137,6 +137,7 @@ def _find_f0(nets: Nets, jobs: Sequence[Job], options: ConversionOptions) -> Non
         net.frames_multiple,
         options.mel_padding,
         batch_frames=net.batch_frames,
+        log_mel=net.log_mel,
     )
     asked = [job for job in jobs if job.given_f0 is None]
     signals = [job.signal() for job in asked]

@@ -1,0 +1,30 @@
+"""The log-mel input of RMVPE on a GPU, where the network runs.
+
+In float32, and the filters' product in TF32 where the GPU has it: bands without signal
+differ from ``spectral.log_mel``, which is exact, by some thousandths.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from rvc_mlx.spectral import HOP_LENGTH, LOG_FLOOR, N_FFT, hann_window, mel_filters
+
+
+def device_log_mel(samples: np.ndarray, n_mels: int) -> mx.array:
+    """As ``spectral.log_mel``, on MLX's device.
+
+    Args:
+        samples: ``[(T - 1) * HOP_LENGTH + N_FFT]`` float32 at 16 kHz.
+        n_mels: bands.
+
+    Returns:
+        ``[T, n_mels]`` float32; may still be computing.
+    """
+    frames = (len(samples) - N_FFT) // HOP_LENGTH + 1
+    windows = mx.as_strided(mx.array(samples), (frames, N_FFT), (HOP_LENGTH, 1))
+    spectra = mx.fft.rfft(windows * mx.array(hann_window(N_FFT).astype(np.float32)))
+    magnitudes = mx.sqrt(mx.square(spectra.real) + mx.square(spectra.imag))
+    mel = magnitudes @ mx.array(mel_filters(n_mels).astype(np.float32))
+    return mx.log(mx.maximum(mel, LOG_FLOOR))

@@ -1,0 +1,56 @@
+"""The log-mel of a GPU against the host's, and F0 found through it."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from rvc_mlx import pitch
+from rvc_mlx.device_mel import device_log_mel
+from rvc_mlx.engine import MLXEngine
+from rvc_mlx.spectral import HOP_LENGTH, N_FFT, log_mel
+
+
+@pytest.mark.parametrize("n_mels", [32, 128])
+@pytest.mark.parametrize("frames", [1, 2, 97])
+def test_mel_is_the_hosts(speech, frames, n_mels):
+    samples = speech[8000 : 8000 + (frames - 1) * HOP_LENGTH + N_FFT]
+    found, wanted = device_log_mel(samples, n_mels), log_mel(samples, n_mels)
+    assert (found.shape, found.dtype) == (wanted.shape, mx.float32)
+    assert np.abs(found - wanted).max() < 1e-2
+    assert np.abs(found - wanted).mean() < 1e-3
+
+
+def test_silence_is_the_floor():
+    found = device_log_mel(np.zeros(N_FFT, np.float32), 128)
+    assert np.allclose(found, np.log(1e-5))
+
+
+def salience(mel):
+    """Bands as bins: what is loud there is the pitch."""
+    xp = mx if isinstance(mel, mx.array) else np
+    return xp.pad(xp.exp(mel) * 50, ((0, 0), (0, 0), (0, 232)))
+
+
+@pytest.mark.parametrize("padding", ["reflect", "constant"])
+@pytest.mark.parametrize("batch", [0, 4000])
+def test_curves_are_those_of_the_host(speech, padding, batch):
+    """Short chunks, filled up, alone and together."""
+    long = np.tile(speech, 3)
+    signal = pitch.Signal(lambda start, stop: long[start:stop], len(long))
+    common = {"mel_padding": padding, "chunk_frames": 1088, "batch_frames": batch}
+    host = pitch.PitchSettings(**common)
+    device = pitch.PitchSettings(**common, log_mel=device_log_mel)
+    [wanted] = pitch.estimate_all(salience, [signal], host)
+    [found] = pitch.estimate_all(salience, [signal], device)
+    assert (wanted > 0).any()
+    assert ((found > 0) == (wanted > 0)).all()
+    assert np.allclose(found, wanted, rtol=1e-3)
+
+
+def test_exact_engines_and_hosts_keep_the_exact_mel(speech):
+    exact = log_mel(speech, 128)
+    for engine in (
+        MLXEngine(mx.Device(mx.cpu), "f32"),
+        MLXEngine(mx.Device(mx.gpu), "f32", tf32=False),
+    ):
+        assert np.array_equal(engine.log_mel(speech, 128), exact)
