@@ -7,7 +7,7 @@ Source: Hsu et al. 2021 (HuBERT), Qian et al. 2022 (ContentVec); layout of
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -186,7 +186,6 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
         self._num_heads = num_heads
-        self._attend: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, F, C]`` to ``[B, F, C]``."""
@@ -194,7 +193,7 @@ class Attention(nn.Module):
             mx.unflatten(project(x), -1, (self._num_heads, -1)).transpose(0, 2, 1, 3)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )  # [B, heads, F, C / heads]
-        y = self._attend(q, k, v, scale=q.shape[-1] ** -0.5)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
         return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2))
 
 
@@ -218,7 +217,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, config: ContentVecConfig):
         super().__init__()
-        self.attention = Attention(config.hidden_size, config.num_heads)
+        self.attention: nn.Module = Attention(config.hidden_size, config.num_heads)
         self.layer_norm = nn.LayerNorm(config.hidden_size)
         self.feed_forward = FeedForward(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size)
