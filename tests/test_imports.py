@@ -20,7 +20,7 @@ PACKAGE = ROOT / "rvc_mlx"
 # A module imports only from those before it.
 ORDER = [
     *("version", "arrays", "machine", "spool", "audio", "ffmpeg_decoders", "decoders"),
-    *("output_format", "audio_io", "loudness", "spectral"),
+    *("output_format", "audio_io", "loudness", "spectral", "device_mel"),
     *("formats", "checkpoint", "download", "bundled_models"),
     *(
         "models",
@@ -28,6 +28,7 @@ ORDER = [
         "gru_kernel",
         "conv_kernel",
         "fused_blocks",
+        "fused_encoder",
         "feature_index",
         "faiss_file",
         "retrieval",
