@@ -53,6 +53,7 @@ _BRITISH = (
     *(("tʃ", "ʧ"), ("dʒ", "ʤ"), ("əl", "ᵊl"), ("n̩", "ᵊn"), ("iə", "ɪə"), ("eə", "ɛː")),
     *(("ɐ", "ə"), ("r", "ɹ"), ("̩", "")),
 )
+_OWN_SYMBOLS = {"en-us": _AMERICAN, "en-gb": _BRITISH}
 _CLASSES = dict.fromkeys("ᵊə", "ah") | {
     **dict.fromkeys("OQ", "ow"),
     "A": "ey",
@@ -100,15 +101,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def symbols(ipa: str, british: bool = False) -> str:
+def symbols(ipa: str, accent: str) -> str:
     """espeak-ng's line in the network's symbols.
 
     Args:
         ipa: words with spaces between, stress and length marked.
-        british: whether a British voice speaks.
+        accent: espeak-ng's name of the language; only English has symbols of its own.
     """
     text = unicodedata.normalize("NFC", ipa)
-    for told, wanted in _BRITISH if british else _AMERICAN:
+    for told, wanted in _OWN_SYMBOLS.get(accent, ()):
         text = text.replace(told, wanted)
     return text
 
@@ -192,7 +193,7 @@ class Kokoro:
             accent: espeak-ng's name of the language.
         """
         english = accent.startswith("en")
-        text = symbols(", ".join(c.strip() for c in ipa), accent == "en-gb") + "."
+        text = symbols(", ".join(c.strip() for c in ipa), accent) + "."
         text = "".join(c for c in text if c in self._numbers)[:500]
         numbers = [0, *(self._numbers[c] for c in text), 0]
         samples, durations = self._network.run(

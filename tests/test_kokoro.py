@@ -13,17 +13,18 @@ def names(classes):
 
 
 @pytest.mark.parametrize(
-    ("ipa", "british", "wanted"),
+    ("ipa", "accent", "wanted"),
     [
-        ("ðə bˈoʊt", False, "ðə bˈOt"),
-        ("bˈəʊt", True, "bˈQt"),
-        ("tʃˈɜːtʃ dʒˈʌdʒ", False, "ʧˈɜɹʧ ʤˈʌʤ"),
-        ("hˈɑːɹbɚ lˈɪɾəl", False, "hˈɑɹbəɹ lˈɪTᵊl"),
-        ("hˈɑːbə", True, "hˈɑːbə"),
+        ("ðə bˈoʊt", "en-us", "ðə bˈOt"),
+        ("bˈəʊt", "en-gb", "bˈQt"),
+        ("tʃˈɜːtʃ dʒˈʌdʒ", "en-us", "ʧˈɜɹʧ ʤˈʌʤ"),
+        ("hˈɑːɹbɚ lˈɪɾəl", "en-us", "hˈɑɹbəɹ lˈɪTᵊl"),
+        ("hˈɑːbə", "en-gb", "hˈɑːbə"),
+        ("pˈɔːrto", "it", "pˈɔːrto"),
     ],
 )
-def test_symbols_are_those_of_the_network(ipa, british, wanted):
-    assert kokoro.symbols(ipa, british) == wanted
+def test_symbols_are_those_of_the_network(ipa, accent, wanted):
+    assert kokoro.symbols(ipa, accent) == wanted
 
 
 def test_every_symbol_has_the_class_of_its_sound():
