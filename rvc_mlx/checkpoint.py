@@ -210,6 +210,11 @@ def _require_json(path: Path, value: object, depth: int) -> None:
         )
 
 
+def name_and_hash(path: str | os.PathLike) -> str:
+    """How a file is named where it is told what something was made from."""
+    return f"{Path(path).name} (sha256 {hash_file(path)})"
+
+
 def hash_file(path: str | os.PathLike) -> str:
     """The sha256 of a file, in hexadecimal."""
     digest = hashlib.sha256()

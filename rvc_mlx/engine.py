@@ -34,7 +34,7 @@ from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU
 from rvc_mlx.noise import DeviceNoise, Noise
 from rvc_mlx.retrieval import Blend, blending
-from rvc_mlx.spectral import log_mel
+from rvc_mlx.spectral import LogMel, log_mel
 
 log = logging.getLogger("rvc_mlx")
 
@@ -96,6 +96,7 @@ class MLXEngine:
         batch_bytes: most memory for the largest array of inputs that are computed
             together, all arrays of a network take several times as much; 0 where one
             input keeps the device busy.
+        log_mel: see ``spectral.log_mel``; on a GPU where products may be short of float32.
     """
 
     window_frames = 3072
@@ -104,6 +105,11 @@ class MLXEngine:
     def __init__(self, device: mx.Device, precision: str, tf32: bool = True):
         self._device = device
         self._fast_products = tf32 or precision != "f32"
+        on_gpu = device == mx.Device(mx.gpu)
+        # The host's is exact, and spreads chunks over threads where it is known as such.
+        self.log_mel: LogMel = (
+            self._log_mel if on_gpu and self._fast_products else log_mel
+        )
         self.precision = precision
         self.device = describe_device(device)
         memory = _gpu_memory(device)
@@ -130,12 +136,9 @@ class MLXEngine:
             mx.array(features), rate, exact=exact
         )
 
-    def log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
-        """See ``spectral.log_mel``; on a GPU where products may be short of float32."""
-        if self._fast_products and self._device == mx.Device(mx.gpu):
-            with mx.stream(self._device):
-                return device_log_mel(samples, n_mels)
-        return log_mel(samples, n_mels)
+    def _log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
+        with mx.stream(self._device):
+            return device_log_mel(samples, n_mels)
 
     def _prepared(self, step: Step) -> Step:
         """The step as this device does it best."""
@@ -192,10 +195,12 @@ class OpenVINOEngine:
         window_frames: most frames that the vocoder decodes at once.
         window_step: windows are a multiple of it, up to that.
         batch_bytes: 0, networks are compiled for one input at a time.
+        log_mel: ``spectral.log_mel``.
     """
 
     window_frames = window_step = 128  # one length, for which the vocoder is compiled
     batch_bytes = 0
+    log_mel = staticmethod(log_mel)
 
     def __init__(self, precision: str, cache: Path | None):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_PRIMITIVES)
@@ -225,10 +230,6 @@ class OpenVINOEngine:
     def blending(self, index: Index) -> Blend:
         """Retrieval where the features are."""
         return blending(index)
-
-    def log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
-        """See ``spectral.log_mel``."""
-        return log_mel(samples, n_mels)
 
     def _options(self, seam: Seam) -> dict[str, Any]:
         precision = "f32" if seam.exact else self.precision

@@ -34,6 +34,7 @@ from rvc_mlx.models.refinegan import RefineGANGenerator
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
 from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
+from rvc_mlx.pitch import PitchSettings
 from rvc_mlx.spectral import HOP_LENGTH
 
 Engine = MLXEngine | OpenVINOEngine
@@ -267,6 +268,16 @@ class PitchNet:
     def frames_multiple(self) -> int:
         """The network takes a multiple of this many frames."""
         return 1 << self.config.levels
+
+    def settings(self, **chosen: Any) -> PitchSettings:
+        """How F0 is found with this network; what is ``chosen`` is of ``PitchSettings``."""
+        return PitchSettings(
+            self.config.n_mels,
+            frames_multiple=self.frames_multiple,
+            batch_frames=self.batch_frames,
+            log_mel=self.log_mel,
+            **chosen,
+        )
 
     def seam(self) -> Seam:
         """Log-mel ``[1, T, n_mels]`` to salience ``[1, T, bins]``."""

@@ -21,7 +21,7 @@ from rvc_mlx.arrays import (
     together,
 )
 from rvc_mlx.machine import in_parallel
-from rvc_mlx.spectral import HOP_LENGTH, N_FFT, log_mel
+from rvc_mlx.spectral import HOP_LENGTH, N_FFT, LogMel, log_mel
 
 FRAME_RATE = 100  # frames per second
 FRAME_LENGTH = HOP_LENGTH  # samples of 16 kHz audio per frame
@@ -39,7 +39,6 @@ CHUNK_CONTEXT = 512  # of these, frames on each inner side that are thrown away
 AUTOTUNE_NOTES = np.round(440 * 2 ** ((np.arange(31, 85) - 69) / 12), 2)  # G1..C6, Hz
 
 Reader = Callable[[int, int], np.ndarray]
-LogMel = Callable[[np.ndarray, int], Array]  # see ``spectral.log_mel``
 
 
 def decode_salience(

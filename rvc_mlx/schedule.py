@@ -131,13 +131,8 @@ def _find_f0(nets: Nets, jobs: Sequence[Job], options: ConversionOptions) -> Non
     net = nets.pitch_net
     if net is None:
         return
-    settings = pitch.PitchSettings(
-        net.config.n_mels,
-        options.f0_threshold,
-        net.frames_multiple,
-        options.mel_padding,
-        batch_frames=net.batch_frames,
-        log_mel=net.log_mel,
+    settings = net.settings(
+        threshold=options.f0_threshold, mel_padding=options.mel_padding
     )
     asked = [job for job in jobs if job.given_f0 is None]
     signals = [job.signal() for job in asked]

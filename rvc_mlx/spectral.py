@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import scipy.fft
 
+from rvc_mlx.arrays import Array
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.machine import in_parallel
+
+LogMel = Callable[[np.ndarray, int], Array]  # as ``log_mel``
 
 N_FFT = 1024  # samples, also the window length
 HOP_LENGTH = 160  # samples: 100 frames per second

@@ -6,7 +6,8 @@ import pytest
 
 from rvc_mlx import pitch
 from rvc_mlx.device_mel import device_log_mel
-from rvc_mlx.engine import MLXEngine
+from rvc_mlx.engine import MLXEngine, OpenVINOEngine
+from rvc_mlx.loading import PitchNet, read_weights
 from rvc_mlx.spectral import HOP_LENGTH, N_FFT, log_mel
 
 
@@ -54,3 +55,11 @@ def test_exact_engines_and_hosts_keep_the_exact_mel(speech):
         MLXEngine(mx.Device(mx.gpu), "f32", tf32=False),
     ):
         assert np.array_equal(engine.log_mel(speech, 128), exact)
+
+
+def test_hosts_spread_chunks_over_threads(small_models):
+    """F0 is found so where the mel is known as the host's."""
+    engines = [OpenVINOEngine("f32", None), MLXEngine(mx.Device(mx.cpu), "f32")]
+    for engine in engines:
+        net = PitchNet(read_weights(small_models.rmvpe, "rmvpe"), engine)
+        assert net.settings().log_mel is log_mel

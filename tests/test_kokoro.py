@@ -61,7 +61,7 @@ def test_held_out_voices_are_not_trained_on():
 
 def test_the_engine_speaks(monkeypatch):
     try:
-        kokoro.voice_names()
+        kokoro.voice_names(kokoro.voice_folder())
         kokoro.kokoro()
         kokoro.clauses("yes", "en-us")
     except FileNotFoundError as error:

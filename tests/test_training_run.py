@@ -833,6 +833,12 @@ def test_continued_run_keeps_what_it_was_started_with(folder, monkeypatch):
     assert (folder / "v_2e_8s.pth").exists()
 
 
+def test_missing_pretrained_file_says_what_is_expected(folder, capsys):
+    assert main(words(folder, "-pg", "nowhere.pth", epochs=1)) == 1
+    told = capsys.readouterr().err
+    assert "nowhere.pth: there is no such file; expected a voice or model file" in told
+
+
 def test_learning_rate_falls_as_it_is_told(folder, monkeypatch):
     idle_steps(monkeypatch)
     assert main(words(folder, "--decay", "0.5", epochs=2)) == 0

@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from rvc_mlx.training.keeper import Keeper
 from rvc_mlx.training.monitor import Monitor
 from rvc_mlx.training.plan import Plan, make_plan
 from rvc_mlx.training.preparation import find_pitch_net, hash_data, prepare
-from rvc_mlx.training.pretrained import load_pretrained
+from rvc_mlx.training.pretrained import Pretrained, load_pretrained
 from rvc_mlx.training.state import Progress
 from rvc_mlx.training.step import AdamW, TrainStep
 from rvc_mlx.training.trainer import STATE, Trainer
@@ -92,11 +93,14 @@ def _run(
     data = TrainingSet(
         folder, config, options.batch_size, options.seed, entries=trained
     )
+    start = load_pretrained(
+        arguments.pretrained_g, arguments.pretrained_d, config, options.seed
+    )
     trainer = Trainer(
         folder,
         config,
         options,
-        _networks(plan, arguments, group),
+        _networks(plan, start, arguments, group),
         data,
         _validator(folder, plan, arguments, held_out, rank) if held_out else None,
         _keeper(folder, plan, data, bool(arguments.save_only_latest)),
@@ -109,24 +113,23 @@ def _run(
         return trainer.run(identity, None)
     if arguments.force:
         (folder / STATE).unlink(missing_ok=True)
+    done = trainer.progress
+    if not done.step:
+        plan = replace(plan, started_from=start.sources)
     plan.save(folder)
     _LOG.info(
         "%d clips with silence, %d held out, %d steps per epoch; %d epochs on %s, %s",
         len(trained), len(held_out), data.steps(world), options.epochs,
         mx.default_device(), options.precision,
     )  # fmt: skip
-    done = trainer.progress
     with Monitor(folder, done.step, done.epoch, arguments.tensorboard) as monitor:
         return trainer.run(identity, monitor)
 
 
 def _networks(
-    plan: Plan, arguments: argparse.Namespace, group: Group | None
+    plan: Plan, start: Pretrained, arguments: argparse.Namespace, group: Group | None
 ) -> TrainStep:
     options = plan.options
-    start = load_pretrained(
-        arguments.pretrained_g, arguments.pretrained_d, plan.config, options.seed
-    )
     for note in start.notes:
         _LOG.info("%s", note)
     step = TrainStep(

@@ -57,25 +57,24 @@ class Packing:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
         self._shapes = dict(shapes)
-        self._gaps = {
-            name: -math.prod(shape) % _ALIGNED for name, shape in shapes.items()
-        }
-        sizes = [
-            size
-            for name, shape in shapes.items()
-            for size in (math.prod(shape), self._gaps[name])
-            if size
-        ]
-        self._ends = np.cumsum(sizes)[:-1].tolist()
+        self._slots: list[tuple[str, int]] = []  # name, "" for a gap, and values
+        for name, shape in shapes.items():
+            size = math.prod(shape)
+            self._slots.append((name, size))
+            if gap := -size % _ALIGNED:
+                self._slots.append(("", gap))
+        ends = np.cumsum([size for _, size in self._slots]).tolist()
+        self._starts, self._ends = [0, *ends[:-1]], ends[:-1]
 
     def pack(self, arrays: Mapping[str, mx.array]) -> mx.array:
         """Arrays of these names as ``[n]``."""
-        parts = []
-        for name, gap in self._gaps.items():
-            parts.append(arrays[name].reshape(-1))
-            if gap:
-                parts.append(mx.zeros((gap,), parts[-1].dtype))
-        return mx.concatenate(parts)
+        dtype = next(iter(arrays.values())).dtype
+        return mx.concatenate(
+            [
+                arrays[name].reshape(-1) if name else mx.zeros((size,), dtype)
+                for name, size in self._slots
+            ]
+        )
 
     def unpack(self, vector: mx.array) -> Parameters:
         """The arrays in a vector of ``pack``; they share its memory."""
@@ -86,12 +85,10 @@ class Packing:
         return self._named(self._parts(vector))
 
     def _named(self, parts: Sequence[mx.array]) -> Parameters:
-        named, rest = {}, iter(parts)
-        for name, shape in self._shapes.items():
-            named[name] = next(rest).reshape(shape)
-            if self._gaps[name]:
-                next(rest)
-        return named
+        slots = zip(self._slots, parts, strict=True)
+        return {
+            name: part.reshape(self._shapes[name]) for (name, _), part in slots if name
+        }
 
     @cached_property
     def _parts(self) -> Callable[[mx.array], Sequence[mx.array]]:
@@ -141,14 +138,10 @@ class Packing:
 
     def rows(self) -> list[tuple[int, int, int, int]]:
         """The vector as ``weight_norm.folding`` wants to be told of it."""
-        starts, end = {}, 0
-        for name, shape in self._shapes.items():
-            starts[name] = end
-            end += math.prod(shape) + self._gaps[name]
+        slots = list(zip(self._slots, self._starts, strict=True))
+        starts = {name: start for (name, _), start in slots}
         rows = []
-        for name, shape in self._shapes.items():
-            start, size = starts[name], math.prod(shape)
-            rows += piece_rows(start + size, self._gaps[name])
+        for (name, size), start in slots:
             if name.endswith(".weight_v"):
                 g_name = f"{name[:-1]}g"
                 g, places = self._shapes[g_name], starts[g_name]

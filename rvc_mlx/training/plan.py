@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rvc_mlx.checkpoint import hash_file, read_checkpoint
+from rvc_mlx.checkpoint import read_checkpoint
 from rvc_mlx.training import filelist
 from rvc_mlx.training.files import read_json, write_json
 from rvc_mlx.training.presets import TrainingConfig, preset
@@ -116,9 +116,7 @@ def make_plan(folder: Path, arguments: argparse.Namespace) -> Plan:
                 f"{arguments.version} has (v1: 256, v2: others); pass the other "
                 "--version, or prepare the data with another --encoder"
             )
-        files = (arguments.pretrained_g, arguments.pretrained_d)
-        start = [f"{Path(f).name} (sha256 {hash_file(f)})" for f in files if f]
-        plan = Plan(config, RunOptions(), folder.name, started_from=start)
+        plan = Plan(config, RunOptions(), folder.name)
     given = {k: v for k, v in vars(arguments).items() if v is not None}
     options = {name: given[name] for name in _OPTIONS if name in given}
     planned = {name: given[name] for name in _PLANNED if name in given}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from rvc_mlx.checkpoint import read_checkpoint
+from rvc_mlx.checkpoint import name_and_hash, read_checkpoint
 from rvc_mlx.training.parametrization import Parameters, from_torch, initial, to_torch
 from rvc_mlx.training.presets import TrainingConfig
 
@@ -25,11 +25,13 @@ class Pretrained:
         generator: parameters.
         discriminator: parameters.
         notes: one line for each file, and for each tensor not taken as it is.
+        sources: name and hash of each file.
     """
 
     generator: Parameters
     discriminator: Parameters
     notes: tuple[str, ...]
+    sources: tuple[str, ...]
 
 
 def load_pretrained(
@@ -55,12 +57,14 @@ def load_pretrained(
         OSError: a file cannot be read.
     """
     own = initial(config, seed)
+    files = (generator, discriminator)
     notes: list[str] = []
     parts = [
         parameters if path is None else _load(Path(path), parameters, notes)
-        for path, parameters in zip((generator, discriminator), own, strict=True)
+        for path, parameters in zip(files, own, strict=True)
     ]
-    return Pretrained(parts[0], parts[1], tuple(notes))
+    sources = tuple(name_and_hash(path) for path in files if path is not None)
+    return Pretrained(parts[0], parts[1], tuple(notes), sources)
 
 
 def _load(path: Path, own: Parameters, notes: list[str]) -> Parameters:
