@@ -732,8 +732,8 @@ def test_diverged_run_is_one_line_and_keeps_the_last_good_state(
     before = (folder / STATE).read_bytes()
     step = TrainStep.__call__
 
-    def poisoned(self, batch, draws):
-        return step(self, batch, draws) | {name: mx.array(float("nan"))}
+    def poisoned(*arguments):
+        return step(*arguments) | {name: mx.array(float("nan"))}
 
     monkeypatch.setattr(TrainStep, "__call__", poisoned)
     capsys.readouterr()
@@ -845,6 +845,34 @@ def test_learning_rate_falls_as_it_is_told(folder, monkeypatch):
     assert [r["learning_rate"] for r in rows(folder) if SCORE in r] == pytest.approx(
         [1e-4, 5e-5]
     )
+
+
+def test_discriminator_joins_in_when_it_is_told(folder, monkeypatch):
+    judged = []
+    losses = {"loss_g": mx.array(1.0), "grad_norm_g": mx.array(1.0)}
+
+    def idle(step, batch, draws, now):
+        judged.append(now)
+        return losses
+
+    left = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(Validator, "__call__", lambda *_: Scores({SCORE: next(left)}))
+    monkeypatch.setattr(TrainStep, "__call__", idle)
+    assert main(words(folder, "--adversarial-from", 6, epochs=2)) == 0
+    assert main(words(folder, "--resume", epochs=3)) == 0
+    assert judged == 6 * [False] + 6 * [True]
+    # The first epoch's score is the best, but of another kind.
+    assert read_checkpoint(folder / "v.pth").metadata["epoch"] == 3
+
+
+def test_prior_share_is_kept(folder, monkeypatch, capsys):
+    idle_steps(monkeypatch)
+    assert main(words(folder, "--prior-share", 0.5, epochs=1)) == 0
+    assert main(words(folder, "--resume", epochs=2)) == 0
+    kept = json.loads((folder / "run.json").read_text())
+    assert kept["config"]["prior_share"] == 0.5
+    assert main(words(folder, "--resume", "--prior-share", 2, epochs=3)) == 1
+    assert "prior_share is 2.0; expected 0 to 1" in capsys.readouterr().err
 
 
 def test_folder_without_data_is_one_line(tmp_path, capsys):

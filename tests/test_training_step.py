@@ -310,6 +310,72 @@ def test_vocoder_decodes_the_posterior_and_not_its_flow():
     assert plain.audio.shape == (2, config.segment_samples)
 
 
+@pytest.mark.parametrize("name", ["nsf", "plain"])
+def test_shared_items_are_spoken_as_a_conversion_speaks(name):
+    config = make_config(name)
+    batch = make_batch(config)
+    inputs = step_inputs(batch, draw(config, batch, 7, 0))
+    network = training_network(config)
+    bind(network, folded(make_step(config).generator))
+    own = generate(network, inputs, config, mx.float32).audio
+    shared = generate(network, inputs, config, mx.float32, from_prior=1).audio
+    assert mx.allclose(own[1], shared[1], atol=1e-6)
+    assert not mx.allclose(own[0], shared[0], atol=1e-3)
+    # The first clip is whole: no mask is needed to speak it.
+    g = network.emb_g(inputs["sid"][:1])[:, None]
+    pitch = inputs["pitch"][:1] if config.model.f0 else None
+    z = network.prior(inputs["phone"][:1], inputs["posterior"][:1], g, pitch)
+    latent = segments(z, inputs["starts"][:1], SEGMENT)
+    source = None
+    if config.model.f0:
+        f0 = segments(inputs["pitchf"][:1], inputs["starts"][:1], SEGMENT)
+        heard = oscillator(f0, config.hop, config.model.sample_rate)
+        drawn = inputs["phase"][:1], inputs["source"][:1]
+        source = network.dec.m_source(*heard, *drawn)
+    audio = network.dec(latent, g, source)
+    assert mx.allclose(audio[0], shared[0], atol=1e-5)
+
+
+def test_prior_reaches_the_text_encoder_through_the_audio():
+    config = dataclasses.replace(make_config("nsf"), kl_weight=0.0)
+    batch = make_batch(config)
+
+    def moved(share: float) -> bool:
+        step = make_step(dataclasses.replace(config, prior_share=share))
+        before = step.generator["enc_p.emb_phone.weight"]
+        run(step, batch)
+        return not mx.allclose(before, step.generator["enc_p.emb_phone.weight"])
+
+    assert not moved(0.0)
+    assert moved(0.5)
+    with pytest.raises(ValueError, match="prior_share is 2; expected 0 to 1"):
+        dataclasses.replace(config, prior_share=2)
+
+
+def test_generator_learns_without_the_discriminator():
+    config = make_config("nsf")
+    batch = make_batch(config)
+    step = make_step(config)
+    first, judge = step.generator, step.discriminator
+    draws = draw(config, batch, 7, 0)
+    losses = step(batch, draws, judged=False)
+    assert losses.keys() == {"loss_g", "loss_mel", "loss_kl", "grad_norm_g"}
+    whole = 45 * losses["loss_mel"] + losses["loss_kl"]
+    assert losses["loss_g"].item() == pytest.approx(whole.item(), rel=1e-6)
+    for name, value in step.discriminator.items():
+        assert mx.array_equal(value, judge[name])
+    assert not mx.array_equal(
+        step.generator["dec.conv_pre.weight"], first["dec.conv_pre.weight"]
+    )
+    # The losses are those of a whole step, which can follow.
+    both = make_step(config)(batch, draws)
+    for name in ("loss_mel", "loss_kl"):
+        assert both[name].item() == pytest.approx(losses[name].item(), rel=1e-6)
+    assert "loss_d" in run(step, batch, 1)
+    assert step.state["counters.d_steps"].item() == 1
+    assert step.state["counters.g_steps"].item() == 2
+
+
 def test_starts_are_random_and_stay_inside_each_clip():
     config = make_config("nsf")
     batch = make_batch(config)

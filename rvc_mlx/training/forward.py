@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 from rvc_mlx.arrays import Array
 from rvc_mlx.models.nsf_hifigan import MRFGenerator, NSFGenerator
 from rvc_mlx.models.synthesizer import Synthesizer
-from rvc_mlx.models.vits import PosteriorEncoder
+from rvc_mlx.models.vits import PRIOR_NOISE_SCALE, PosteriorEncoder
 from rvc_mlx.training.blocks import quicken_blocks
 from rvc_mlx.training.convolutions import reformulate
 from rvc_mlx.training.presets import TrainingConfig
@@ -199,6 +199,7 @@ def generate(
     x: Mapping[str, mx.array],
     config: TrainingConfig,
     dtype: mx.Dtype,
+    from_prior: int = 0,
 ) -> Pass:
     """Posterior, prior and audio of one segment of each item.
 
@@ -208,6 +209,9 @@ def generate(
         x: of `step_inputs`.
         config: sizes.
         dtype: of the layers; the posterior's sample and the harmonic source are float32.
+        from_prior: this many first items are spoken as a conversion speaks, from a sample
+            of the prior through the inverse flow; the losses then reach the text encoder
+            by way of the audio too. RVC has 0.
     """
     T = x["phone"].shape[1]
     mask = (mx.arange(T) < x["lengths"][:, None]).astype(mx.float32)[..., None]
@@ -218,7 +222,14 @@ def generate(
     z, _, logs_q = network.enc_q(x["spec"].astype(dtype), g, x["posterior"], small)
     z_p = network.flow(z.astype(dtype), g, small)
     # The vocoder decodes z, not z_p, and sees no mask.
-    latent = segments(z, x["starts"], config.segment_frames).astype(dtype)
+    heard = z.astype(dtype)
+    if from_prior:
+        some = slice(from_prior)
+        noise = x["posterior"][some] * PRIOR_NOISE_SCALE
+        sample = m_p[some] + mx.exp(logs_p[some]) * noise.astype(dtype)
+        spoken = network.flow(sample * small[some], g[some], small[some], reverse=True)
+        heard = mx.concatenate([spoken, heard[from_prior:]])
+    latent = segments(heard, x["starts"], config.segment_frames)
     source = None
     if config.model.f0:
         f0 = segments(x["pitchf"], x["starts"], config.segment_frames)

@@ -63,7 +63,10 @@ class Plan:
             world: processes that train together.
             data: see ``preparation.hash_data``.
         """
-        kept = ("batch_size", "learning_rate", "decay", "precision", "seed")
+        kept = (
+            "batch_size", "learning_rate", "decay", "precision", "adversarial_from",
+            "seed",
+        )  # fmt: skip
         return {
             "config": asdict(self.config),
             **{name: getattr(self.options, name) for name in kept},
@@ -118,6 +121,9 @@ def make_plan(folder: Path, arguments: argparse.Namespace) -> Plan:
             )
         plan = Plan(config, RunOptions(), folder.name)
     given = {k: v for k, v in vars(arguments).items() if v is not None}
+    if "prior_share" in given:
+        config = replace(plan.config, prior_share=given["prior_share"])
+        plan = replace(plan, config=config)
     options = {name: given[name] for name in _OPTIONS if name in given}
     planned = {name: given[name] for name in _PLANNED if name in given}
     return replace(plan, options=replace(plan.options, **options), **planned)

@@ -34,6 +34,8 @@ class TrainingConfig:
         spectrum_epsilon: added to the power before the square root.
         mel_weight: weight of the mel loss.
         kl_weight: weight of the KL loss.
+        prior_share: share of each batch that is spoken from the prior, see
+            ``forward.generate``, 0 to 1; 0 in RVC.
     """
 
     model: SynthesizerConfig
@@ -50,6 +52,7 @@ class TrainingConfig:
     spectrum_epsilon: float = 1e-6
     mel_weight: float = 45.0
     kl_weight: float = 1.0
+    prior_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.model.vocoder == "RefineGAN":
@@ -57,6 +60,8 @@ class TrainingConfig:
                 "a RefineGAN voice cannot be trained: it needs another discriminator "
                 'and mel loss; train vocoder "HiFi-GAN" or "MRF HiFi-GAN"'
             )
+        if not 0 <= self.prior_share <= 1:
+            raise ValueError(f"prior_share is {self.prior_share}; expected 0 to 1")
         if self.discriminator not in PERIODS:
             raise ValueError(
                 f"discriminator {self.discriminator!r} is unknown; expected 'v1' or 'v2'"

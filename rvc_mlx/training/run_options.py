@@ -15,6 +15,7 @@ class RunOptions:
         learning_rate: of the first epoch.
         decay: factor of the learning rate per epoch.
         precision: of the networks: ``"f32"``, ``"bf16"`` or ``"f16"``.
+        adversarial_from: steps after which the discriminator joins in.
         seed: of data order and all draws.
         save_every: epochs between kept voices and checkpoints.
         save_steps: steps between saves of the state; 0 for by the clock only.
@@ -29,6 +30,7 @@ class RunOptions:
     learning_rate: float = 1e-4
     decay: float = 0.999875
     precision: str = "f32"
+    adversarial_from: int = 0
     seed: int = 1234
     save_every: int = 10
     save_steps: int = 0

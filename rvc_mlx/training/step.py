@@ -12,11 +12,16 @@ once for each length of batch::
                                 +--> generator loss <--- new discriminator
                                            |
                                      generator update
+
+Without the discriminator (see ``TrainStep.__call__``) only the lower branch is left, with
+the mel and KL losses.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -135,21 +140,27 @@ class TrainStep:
         if compiled is None:
             on_gpu = mx.default_device().type == mx.DeviceType.gpu
             compiled = "traced" if on_gpu else "no"
-        self._step = compiling.compiled(self._both, compiled)
+        self._both = compiling.compiled(partial(self._step, judged=True), compiled)
+        self._alone = compiling.compiled(partial(self._step, judged=False), compiled)
 
-    def __call__(self, batch: Batch, draws: Draws) -> dict[str, mx.array]:
-        """Update both networks.
+    def __call__(
+        self, batch: Batch, draws: Draws, judged: bool = True
+    ) -> dict[str, mx.array]:
+        """Update both networks, or the generator alone.
 
         Args:
             batch: of ``dataset.TrainingSet``.
             draws: of ``forward.draw``.
+            judged: False leaves the discriminator as it is and its losses out.
 
         Returns:
-            Float32 scalars, on their way as the new state is: ``loss_d``, ``loss_g`` (the weighted sum)
-            and its unweighted parts ``loss_adv``, ``loss_fm``, ``loss_mel``, ``loss_kl``;
-            ``grad_norm_d``, ``grad_norm_g``.
+            Float32 scalars, on their way as the new state is: ``loss_g`` (the weighted
+            sum) and its unweighted parts ``loss_mel``, ``loss_kl`` and, where judged,
+            ``loss_adv``, ``loss_fm``; ``grad_norm_g``; where judged also ``loss_d`` and
+            ``grad_norm_d``.
         """
-        self._state, losses = self._step(self._state, step_inputs(batch, draws))
+        step = self._both if judged else self._alone
+        self._state, losses = step(self._state, step_inputs(batch, draws))
         mx.async_eval(self._state, losses)
         return losses
 
@@ -210,8 +221,8 @@ class TrainStep:
         counters = {**self._state["counters"], "learning_rate": mx.array(value)}
         self._state["counters"] = counters
 
-    def _both(
-        self, state: State, x: dict[str, mx.array]
+    def _step(
+        self, state: State, x: dict[str, mx.array], judged: bool
     ) -> tuple[State, dict[str, mx.array]]:
         """The whole step as a pure function."""
         config, counters = self._config, state["counters"]
@@ -219,22 +230,27 @@ class TrainStep:
         wave = x["wave"].reshape(*x["phone"].shape[:2], config.hop)
         real = segments(wave, x["starts"], segment).flatten(1)
         target = log_mel(segments(x["spec"], x["starts"], segment), config)
+        from_prior = math.ceil(config.prior_share * len(real))
 
         def loss(vector: mx.array) -> tuple[mx.array, Any, Any]:
             bind(self._network, self._weights("g", vector))
-            made = generate(self._network, x, config, self._dtype)
-            new, losses = self._update_discriminator(
-                state, real, mx.stop_gradient(made.audio)
-            )
-            losses |= self._generator_losses(new["d"], real, target, made)
-            return losses["loss_g"] * counters["scale"], losses, new
+            made = generate(self._network, x, config, self._dtype, from_prior)
+            losses = self._own_losses(target, made)
+            of_d: State = {}
+            if judged:
+                audio = mx.stop_gradient(made.audio)
+                of_d, of_judge = self._update_discriminator(state, real, audio)
+                losses |= of_judge | self._judged_losses(of_d["d"], real, made.audio)
+            losses["loss_g"] = self._total(losses, made.mask)
+            return losses["loss_g"] * counters["scale"], losses, of_d
 
-        (_, losses, new), gradient = mx.value_and_grad(loss)(state["g"])
-        step, norm = self._update("g", state, gradient)
-        new = {**new, **step, "counters": {**new["counters"], **step["counters"]}}
-        finite = mx.isfinite(norm) & mx.isfinite(losses["grad_norm_d"])
-        new["counters"] |= {"learning_rate": counters["learning_rate"]}
-        new["counters"] |= next_scale(counters, finite, self.precision)
+        (_, losses, of_d), gradient = mx.value_and_grad(loss)(state["g"])
+        of_g, norm = self._update("g", state, gradient)
+        norms = [norm, losses["grad_norm_d"]] if judged else [norm]
+        finite = mx.all(mx.isfinite(mx.stack(norms)))
+        counted = counters | of_d.get("counters", {}) | of_g["counters"]
+        counted |= next_scale(counters, finite, self.precision)
+        new = {**state, **of_d, **of_g, "counters": counted}
         return new, losses | {"grad_norm_g": norm}
 
     def _weights(self, part: str, vector: mx.array) -> Parameters:
@@ -263,26 +279,31 @@ class TrainStep:
         new, norm = self._update("d", state, gradient)
         return new, {"loss_d": value, "grad_norm_d": norm}
 
-    def _generator_losses(
-        self, judge: mx.array, real: mx.array, target: mx.array, made: Pass
+    def _judged_losses(
+        self, judge: mx.array, real: mx.array, made: mx.array
     ) -> dict[str, mx.array]:
-        """All of the generator's losses, against the updated discriminator."""
-        config = self._config
+        """The generator's losses against the updated discriminator."""
         bind(self._judge, self._weights("d", judge))
         # Real audio is judged apart: its half needs no way back.
-        real_maps, fake_maps = self._judged(real), self._judged(made.audio)
-        mel = log_mel(spectrogram(made.audio, config), config)
-        losses = {
+        real_maps, fake_maps = self._judged(real), self._judged(made)
+        return {
             "loss_adv": adversarial_loss(fake_maps),
             "loss_fm": feature_loss(real_maps, fake_maps),
-            "loss_mel": mel_loss(target, mel),
-            "loss_kl": kl_loss(made.z_p, made.logs_q, made.m_p, made.logs_p, made.mask),
         }
-        share = frame_share(mx.sum(made.mask), self._world)
-        total = losses["loss_adv"] + losses["loss_fm"]
-        total = total + config.mel_weight * losses["loss_mel"]
-        total = total + config.kl_weight * losses["loss_kl"] * share
-        return losses | {"loss_g": total}
+
+    def _own_losses(self, target: mx.array, made: Pass) -> dict[str, mx.array]:
+        """The generator's losses that need no discriminator."""
+        mel = log_mel(spectrogram(made.audio, self._config), self._config)
+        kl = kl_loss(made.z_p, made.logs_q, made.m_p, made.logs_p, made.mask)
+        return {"loss_mel": mel_loss(target, mel), "loss_kl": kl}
+
+    def _total(self, losses: Mapping[str, mx.array], mask: mx.array) -> mx.array:
+        """The weighted sum of the generator's losses."""
+        share = frame_share(mx.sum(mask), self._world)
+        total = self._config.mel_weight * losses["loss_mel"]
+        if "loss_adv" in losses:
+            total = losses["loss_adv"] + losses["loss_fm"] + total
+        return total + self._config.kl_weight * losses["loss_kl"] * share
 
     def _update(
         self, part: str, state: State, gradient: mx.array

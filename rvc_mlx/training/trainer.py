@@ -152,6 +152,9 @@ class Trainer:
         started = time.perf_counter()
         waiting: tuple[dict[str, mx.array], Progress] | None = None
         for batch in prefetch(batches, _AHEAD):
+            if 0 < self.progress.step == self._options.adversarial_from:
+                # What came before sounds worse at the same distance, and is no rival.
+                self.progress = replace(self.progress, best=None, stale=0)
             losses = self._start(batch)
             if waiting:
                 self._look_at(*waiting, monitor)
@@ -179,7 +182,8 @@ class Trainer:
             self.progress.step,
             first=self._rank * self._options.batch_size,
         )
-        return self._step(batch, draws)
+        judged = self.progress.step >= self._options.adversarial_from
+        return self._step(batch, draws, judged)
 
     def _look_at(
         self,
