@@ -89,6 +89,14 @@ CONFIG = TrainingConfig(
     MODEL, 64, HOP, 64, 16, 0.0, None, 8, discriminator="v1", discriminator_width=2
 )
 
+WIDE = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(
+        MODEL, inter_channels=16, filter_channels=32, upsample_initial_channel=128
+    ),
+    discriminator_width=16,
+)
+
 
 @pytest.fixture(autouse=True)
 def _globals():
@@ -193,10 +201,10 @@ def uninterrupted(data, tmp_path_factory):
     return folder, first, time.monotonic() - start
 
 
-def tiny_generator(seed=0):
+def tiny_generator(seed=0, config=CONFIG):
     """A generator whose every tensor is lively: flat parameters in MLX's layout."""
     rng = np.random.default_rng(seed)
-    generator, _ = initial(CONFIG, seed)
+    generator, _ = initial(config, seed)
     return {
         name: value + mx.array(0.05 * rng.standard_normal(value.shape), mx.float32)
         for name, value in generator.items()
@@ -1060,15 +1068,17 @@ def one_step(folder, batch_size, group=None):
     """State after a step without learning rate; moments are then the gradients."""
     from rvc_mlx.training.step import AdamW
 
+    # cuBLAS wants rows of 16 bytes, which every public voice has.
+    config = WIDE if mx.default_device() == mx.Device(mx.gpu) else CONFIG
     rank, world = (group.rank(), group.size()) if group else (0, 1)
-    batches = TrainingSet(folder, CONFIG, batch_size, 0).batches(0, 0, rank, world)
+    batches = TrainingSet(folder, config, batch_size, 0).batches(0, 0, rank, world)
     batch = next(iter(batches))
-    generator = tiny_generator()
-    _, discriminator = initial(CONFIG, 0)
+    generator = tiny_generator(config=config)
+    _, discriminator = initial(config, 0)
     step = TrainStep(
-        CONFIG, generator, discriminator, optimizer=AdamW(0.0), world=group
+        config, generator, discriminator, optimizer=AdamW(0.0), world=group
     )
-    losses = step(batch, draw(CONFIG, batch, 0, 0, first=rank * batch_size))
+    losses = step(batch, draw(config, batch, 0, 0, first=rank * batch_size))
     state = step.state
     mx.eval(state, losses)
     return {name: np.array(value) for name, value in state.items()}

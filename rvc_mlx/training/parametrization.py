@@ -12,9 +12,8 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -78,34 +77,10 @@ class Packing:
 
     def unpack(self, vector: mx.array) -> Parameters:
         """The arrays in a vector of ``pack``; they share its memory."""
-        return self._named(cast(list[mx.array], mx.split(vector, self._ends)))
-
-    def _cut(self, vector: mx.array) -> Parameters:
-        """As ``unpack``, with a slope of one concatenation."""
-        return self._named(self._parts(vector))
-
-    def _named(self, parts: Sequence[mx.array]) -> Parameters:
-        slots = zip(self._slots, parts, strict=True)
+        slots = zip(self._slots, mx.split(vector, self._ends), strict=True)
         return {
             name: part.reshape(self._shapes[name]) for (name, _), part in slots if name
         }
-
-    @cached_property
-    def _parts(self) -> Callable[[mx.array], Sequence[mx.array]]:
-        """The vector cut up. In MLX's own slope, each part adds a whole vector."""
-
-        @mx.custom_function
-        def parts(vector: mx.array) -> list[mx.array]:
-            return cast(list[mx.array], mx.split(vector, self._ends))
-
-        @parts.vjp
-        def joined(
-            vector: mx.array, cotangents: list[mx.array], outputs: Any
-        ) -> mx.array:
-            del vector, outputs
-            return mx.concatenate(cotangents)
-
-        return cast(Callable[[mx.array], Sequence[mx.array]], parts)
 
     def plain(self, vector: mx.array, exact: str, dtype: mx.Dtype) -> Parameters:
         """What ``folded`` gives for the arrays in a vector, on CUDA in one kernel.
@@ -116,21 +91,55 @@ class Packing:
             dtype: of the others.
         """
         if not on_cuda():
-            weights = folded(self._cut(vector))
+            weights = folded(self.unpack(vector))
             return {
                 name: value if name.startswith(exact) else value.astype(dtype)
                 for name, value in weights.items()
             }
         plain = self._folding(vector)
-        weights = self._cut(plain.astype(dtype))
+        parts = self.unpack(plain.astype(dtype))
         if dtype != plain.dtype:
-            float32 = self._cut(plain).items()
-            weights |= {k: v for k, v in float32 if k.startswith(exact)}
+            float32 = self.unpack(plain).items()
+            parts |= {k: v for k, v in float32 if k.startswith(exact)}
         return {
-            name.removesuffix("_v") if name.endswith(".weight_v") else name: value
-            for name, value in weights.items()
+            _plain_name(name): value
+            for name, value in parts.items()
             if not name.endswith(".weight_g")
         }
+
+    def slope(self, vector: mx.array, of_plain: Mapping[str, mx.array]) -> mx.array:
+        """Slope of a vector, of those of the weights that ``plain`` makes of it.
+
+        To differentiate through ``plain`` would be the same, but not to trace: MLX takes
+        seconds for one operation of a thousand results.
+
+        Args:
+            vector: of ``pack``, float32.
+            of_plain: a slope for each of the weights, of any precision.
+
+        Returns:
+            ``[n]`` float32.
+        """
+        slopes = {name: value.astype(mx.float32) for name, value in of_plain.items()}
+        if on_cuda():
+            joined = self.pack(
+                {
+                    name: mx.zeros(shape)
+                    if name.endswith(".weight_g")
+                    else slopes[_plain_name(name)]
+                    for name, shape in self._shapes.items()
+                }
+            )
+            _, [slope] = mx.vjp(self._folding, [vector], [joined])
+            return slope
+        parts = self.unpack(vector)
+
+        def weights(*arrays: mx.array) -> list[mx.array]:
+            return list(folded(dict(zip(parts, arrays, strict=True))).values())
+
+        wanted = [slopes[name] for name in folded(parts)]
+        _, found = mx.vjp(weights, list(parts.values()), wanted)
+        return self.pack(dict(zip(parts, found, strict=True)))
 
     @cached_property
     def _folding(self) -> Callable[..., mx.array]:
@@ -155,6 +164,10 @@ class Packing:
             elif not name.endswith(".weight_g"):
                 rows += piece_rows(start, size)
         return rows
+
+
+def _plain_name(name: str) -> str:
+    return name.removesuffix("_v") if name.endswith(".weight_v") else name
 
 
 def folded(parameters: Mapping[str, mx.array]) -> Parameters:

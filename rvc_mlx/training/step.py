@@ -20,7 +20,7 @@ the mel and KL losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -232,8 +232,8 @@ class TrainStep:
         target = log_mel(segments(x["spec"], x["starts"], segment), config)
         from_prior = math.ceil(config.prior_share * len(real))
 
-        def loss(vector: mx.array) -> tuple[mx.array, Any, Any]:
-            bind(self._network, self._weights("g", vector))
+        def loss(weights: Parameters) -> tuple[mx.array, Any, Any]:
+            bind(self._network, weights)
             made = generate(self._network, x, config, self._dtype, from_prior)
             losses = self._own_losses(target, made)
             of_d: State = {}
@@ -244,7 +244,7 @@ class TrainStep:
             losses["loss_g"] = self._total(losses, made.mask)
             return losses["loss_g"] * counters["scale"], losses, of_d
 
-        (_, losses, of_d), gradient = mx.value_and_grad(loss)(state["g"])
+        (_, losses, of_d), gradient = self._slope("g", state["g"], loss)
         of_g, norm = self._update("g", state, gradient)
         norms = [norm, losses["grad_norm_d"]] if judged else [norm]
         finite = mx.all(mx.isfinite(mx.stack(norms)))
@@ -257,6 +257,13 @@ class TrainStep:
         """Plain weights in the layers' precision, the harmonic source in float32."""
         return self._packings[part].plain(vector, "dec.m_source.", self._dtype)
 
+    def _slope(
+        self, part: str, vector: mx.array, loss: Callable[[Parameters], Any]
+    ) -> tuple[Any, mx.array]:
+        """What a loss of plain weights gives, and its slope for the packed parameters."""
+        results, slopes = mx.value_and_grad(loss)(self._weights(part, vector))
+        return results, self._packings[part].slope(vector, slopes)
+
     def _judged(self, audio: mx.array) -> list[list[mx.array]]:
         return self._judge(audio.astype(self._dtype))
 
@@ -265,8 +272,8 @@ class TrainStep:
     ) -> tuple[State, dict[str, mx.array]]:
         """One update; real and generated audio are judged as one batch."""
 
-        def loss(vector: mx.array) -> tuple[mx.array, mx.array]:
-            bind(self._judge, self._weights("d", vector))
+        def loss(weights: Parameters) -> tuple[mx.array, mx.array]:
+            bind(self._judge, weights)
             judged = self._judged(mx.concatenate([real, fake]))
             outputs = [mx.split(maps[-1], 2) for maps in judged]
             value = discriminator_loss(
@@ -275,7 +282,7 @@ class TrainStep:
             )
             return value * state["counters"]["scale"], value
 
-        (_, value), gradient = mx.value_and_grad(loss)(state["d"])
+        (_, value), gradient = self._slope("d", state["d"], loss)
         new, norm = self._update("d", state, gradient)
         return new, {"loss_d": value, "grad_norm_d": norm}
 
