@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,8 @@ from rvc_mlx.training.preprocess import FILELIST
 
 if TYPE_CHECKING:
     from rvc_mlx.training.presets import TrainingConfig
+
+Made = TypeVar("Made")
 
 BUCKETS = (50, 100, 200, 300, 400, 500, 600, 700, 800, 900)  # frames
 CACHE_BYTES = 2 << 30  # clips kept in memory, so that later epochs need not compute
@@ -229,11 +231,11 @@ def _collate(
     )
 
 
-def prefetch(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Made], depth: int = 2) -> Iterator[Made]:
     """Pass on batches that a thread prepares while the device works.
 
     Args:
-        batches: where they come from; its errors are raised here.
+        batches: where they come from, none of them None; its errors are raised here.
         depth: batches prepared ahead.
     """
     worker = _Prefetcher(batches, depth)
@@ -251,10 +253,10 @@ def prefetch(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
 class _Prefetcher(threading.Thread):
     """Puts batches into a queue, and None after the last one or an error."""
 
-    def __init__(self, batches: Iterator[Batch], depth: int):
+    def __init__(self, batches: Iterator[Any], depth: int):
         super().__init__(name="prefetch", daemon=True)
         self._batches = batches
-        self.ready: queue.Queue[Batch | None] = queue.Queue(depth)
+        self.ready: queue.Queue[Any] = queue.Queue(depth)
         self.stopped = threading.Event()
         self.error: BaseException | None = None
 
@@ -273,7 +275,7 @@ class _Prefetcher(threading.Thread):
                 close()
             self._put(None)
 
-    def _put(self, batch: Batch | None) -> None:
+    def _put(self, batch: Any) -> None:
         while not self.stopped.is_set():
             try:
                 self.ready.put(batch, timeout=0.1)

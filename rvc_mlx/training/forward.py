@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,6 +25,8 @@ from rvc_mlx.training.presets import TrainingConfig
 
 if TYPE_CHECKING:
     from rvc_mlx.training.dataset import Batch
+
+Given = TypeVar("Given", "Batch", "Draws")
 
 
 def training_network(
@@ -118,6 +120,13 @@ def draw(
     phase[..., 0] = 0
     source = normal("source", (config.segment_samples, harmonics))
     return Draws(posterior, starts, source, phase)
+
+
+def as_arrays(values: Given) -> Given:
+    """A batch or draws with its arrays where the device can read them."""
+    given = vars(values).items()
+    moved = {k: mx.array(v) for k, v in given if isinstance(v, np.ndarray)}
+    return cast(Given, replace(cast(Any, values), **moved))
 
 
 def step_inputs(batch: Batch, draws: Draws) -> dict[str, mx.array]:

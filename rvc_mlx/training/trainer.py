@@ -25,12 +25,13 @@ import numpy as np
 
 from rvc_mlx.training.dataset import Batch, TrainingSet, prefetch
 from rvc_mlx.training.distributed import Group, agree, rank_of
+from rvc_mlx.training.forward import Draws, as_arrays, draw
 from rvc_mlx.training.keeper import Keeper
 from rvc_mlx.training.monitor import Monitor
 from rvc_mlx.training.presets import TrainingConfig
 from rvc_mlx.training.run_options import RunOptions
 from rvc_mlx.training.state import Progress, read_state, sweep, write_state
-from rvc_mlx.training.step import TrainStep, draw
+from rvc_mlx.training.step import TrainStep
 from rvc_mlx.training.validation import SCORE, Scores, Validator
 
 _LOG = logging.getLogger("rvc_mlx")
@@ -151,11 +152,12 @@ class Trainer:
         )
         started = time.perf_counter()
         waiting: tuple[dict[str, mx.array], Progress] | None = None
-        for batch in prefetch(batches, _AHEAD):
+        for batch, draws in prefetch(self._drawn(batches, first.step), _AHEAD):
             if 0 < self.progress.step == self._options.adversarial_from:
                 # What came before sounds worse at the same distance, and is no rival.
                 self.progress = replace(self.progress, best=None, stale=0)
-            losses = self._start(batch)
+            judged = self.progress.step >= self._options.adversarial_from
+            losses = self._step(batch, draws, judged)
             if waiting:
                 self._look_at(*waiting, monitor)
             now = self.progress
@@ -173,17 +175,14 @@ class Trainer:
         steps = max(self.progress.step - first.step, 1)
         return {"time/step_seconds": spent / steps, "learning_rate": rate}
 
-    def _start(self, batch: Batch) -> dict[str, mx.array]:
-        """Hand one step to the device."""
-        draws = draw(
-            self._config,
-            batch,
-            self._options.seed,
-            self.progress.step,
-            first=self._rank * self._options.batch_size,
-        )
-        judged = self.progress.step >= self._options.adversarial_from
-        return self._step(batch, draws, judged)
+    def _drawn(
+        self, batches: Iterator[Batch], first: int
+    ) -> Iterator[tuple[Batch, Draws]]:
+        """Each batch with the random numbers of its step, the ``first`` and those after."""
+        item = self._rank * self._options.batch_size
+        for step, batch in enumerate(batches, first):
+            draws = draw(self._config, batch, self._options.seed, step, item)
+            yield as_arrays(batch), as_arrays(draws)
 
     def _look_at(
         self,
