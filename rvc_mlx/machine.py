@@ -24,13 +24,16 @@ Result = TypeVar("Result")
 # length: 128 plans of cuDNN, for example, where one conversion takes about 200 for each
 # length and a training step 300. Beyond them everything is planned anew each time, and
 # MLX may end the process ("Cache thrashing").
-_CUDA_CACHES = {
+# Kernels are launched one by one: to collect them into graphs, as MLX does by itself,
+# costs more than it saves where most of them are short.
+_CUDA_SETTINGS = {
     "MLX_CUDA_CONV_CACHE_SIZE": "16384",
     "MLX_CUDA_GRAPH_CACHE_SIZE": "4096",
     "MLX_CUDA_SDPA_CACHE_SIZE": "1024",
     "MLX_CUDA_SDPA_BACKWARD_CACHE_SIZE": "1024",
     "MLX_CUDA_FFT_CACHE_SIZE": "256",
     "MLX_ENABLE_CACHE_THRASHING_CHECK": "0",
+    "MLX_USE_CUDA_GRAPHS": "0",
 }
 
 
@@ -44,7 +47,7 @@ def widen_cuda_caches() -> None:
     """Let MLX keep what it compiles and plans for CUDA; what is set already stays."""
     if sys.platform != "linux":
         return
-    for name, value in _CUDA_CACHES.items():
+    for name, value in _CUDA_SETTINGS.items():
         os.environ.setdefault(name, value)
     # MLX's own folder for compiled kernels is below /tmp; it may not outlive the day.
     import importlib.metadata  # 30 ms, which only this needs
