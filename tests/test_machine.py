@@ -28,7 +28,7 @@ def test_processors_are_those_of_this_process():
 
 @on_linux
 def test_settings_for_cuda_leave_the_users_alone(monkeypatch, tmp_path):
-    for name in (*machine._CUDA_CACHES, "MLX_PTX_CACHE_DIR"):
+    for name in (*machine._CUDA_SETTINGS, "MLX_PTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RVC_MLX_HOME", str(tmp_path))
     monkeypatch.setenv("MLX_CUDA_CONV_CACHE_SIZE", "7")
