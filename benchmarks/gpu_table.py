@@ -15,11 +15,12 @@ def gpu(results: list[Result]) -> str:
     """What a GPU is judged by: medians in milliseconds."""
     header = ("machine", "what", "audio, s", *(f"{name}, ms" for name in GPU_SIDES))
     header += ("x realtime, best of ours", "speed-up, best against best")
+    header += ("fewest runs of a cell",)
     rows = [
         [machine(result), row["row"], row["seconds"]]
         + [_milliseconds(row["sides"].get(name)) for name in GPU_SIDES]
         + [_ratio(row["seconds"], _best(row, "ours"))]
-        + [_ratio(_best(row, "PyTorch"), _best(row, "ours"))]
+        + [_ratio(_best(row, "PyTorch"), _best(row, "ours")), _fewest(row)]
         for result in chosen(results, "gpu")
         if result["sides"]["backend"] in ("cuda", "metal")
         for row in result["rows"]
@@ -33,6 +34,10 @@ def _milliseconds(cell: dict | None) -> Any:
     if cell is None:
         return None
     return "failed" if "failed" in cell else 1e3 * cell["median_s"]
+
+
+def _fewest(row: dict) -> int:
+    return min(len(c["samples_s"]) for c in row["sides"].values() if "samples_s" in c)
 
 
 def _best(row: dict, program: str) -> float | None:

@@ -18,7 +18,8 @@ def test_mel_is_the_hosts(speech, frames, n_mels):
     found, wanted = device_log_mel(samples, n_mels), log_mel(samples, n_mels)
     assert (found.shape, found.dtype) == (wanted.shape, mx.float32)
     assert np.abs(found - wanted).max() < 1e-2
-    assert np.abs(found - wanted).mean() < 1e-3
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    assert np.abs(found - wanted).mean() < (3e-3 if on_gpu else 1e-3)  # TF32
 
 
 def test_silence_is_the_floor():
@@ -59,6 +60,7 @@ def test_exact_engines_and_hosts_keep_the_exact_mel(speech):
 
 def test_hosts_spread_chunks_over_threads(small_models):
     """F0 is found so where the mel is known as the host's."""
+    pytest.importorskip("openvino")
     engines = [OpenVINOEngine("f32", None), MLXEngine(mx.Device(mx.cpu), "f32")]
     for engine in engines:
         net = PitchNet(read_weights(small_models.rmvpe, "rmvpe"), engine)
