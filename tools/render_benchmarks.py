@@ -35,9 +35,9 @@ activations have the scale of trained ones; time does not depend on the values.
   fresh process from its start to the written file; *warm* is the next conversion.
 - Peak memory is the largest resident memory of a fresh process, and for GPUs what the
   framework had allocated at most.
-- The H200 rows of RMVPE, of the networks alone and of complete synthesis were measured while
-  the machine's second GPU and half of its cores ran another benchmark: what waits for the
-  host is slower there than on an idle machine, on both sides.
+- The H200 rows were measured on one GPU of a machine whose other GPUs trained voices or ran
+  another benchmark: what waits for the host is slower there than on an idle machine, on
+  both sides.
 - Differences are absolute. The correlation is shown because others show it: it is
   nearly blind to errors.
 
