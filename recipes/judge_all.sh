@@ -4,7 +4,7 @@
 #   recipes/judge_all.sh CORPUS CLIPS ENCODER RMVPE SLT_VOICE RMS_VOICE [SLT_INDEX RMS_INDEX]
 #
 # CORPUS: folder with content, content-test, pitch-test and recordings; CLIPS: folder with
-# natural, mapped and flite (recipes/README.md, steps 1 to 5 and 11). ENCODER has its
+# natural, mapped, flite and own (recipes/README.md, steps 1 to 5 and 11). ENCODER has its
 # .head.safetensors beside it. PYTHON names the interpreter, DEVICE the device of the
 # conversions, RESULTS another folder for the results, AUDIO one to keep the conversions.
 set -euo pipefail
@@ -17,7 +17,7 @@ python=${PYTHON:-python3} device=${DEVICE:-auto}
 results=${RESULTS:-benchmarks/results/evaluation}
 for file in "$encoder" "${encoder%.*}.head.safetensors" "$rmvpe" "$slt" "$rms" \
   "$slt_index" "$rms_index" "$corpus"/{content,content-test,pitch-test,recordings/{slt,rms}} \
-  "$clips"/{natural,mapped,flite}/transcripts.txt recipes/judge_all.sh; do
+  "$clips"/{natural,mapped,flite,own}/transcripts.txt recipes/judge_all.sh; do
   if [ "$file" != none ] && [ ! -e "$file" ]; then
     echo "$file: no such file; run from the repository's root, after recipes/README.md's steps" >&2
     exit 1
@@ -41,11 +41,13 @@ convert() { # label, set of clips, options
 both=(--voices "$slt" "$rms" --names slt rms --index "$slt_index" "$rms_index"
   --references "$corpus/recordings/slt" "$corpus/recordings/rms")
 only_slt=(--voices "$slt" --names slt --index "$slt_index" --references "$corpus/recordings/slt")
+only_rms=(--voices "$rms" --names rms --index "$rms_index" --references "$corpus/recordings/rms")
 
 convert natural natural "${both[@]}" ${AUDIO:+--audio "$AUDIO/natural"}
 convert mapped mapped "${both[@]}" --judges f0,speaker,clicks,loudness \
   ${AUDIO:+--audio "$AUDIO/mapped"}
 convert flite flite "${only_slt[@]}" --pictured 0 ${AUDIO:+--audio "$AUDIO/flite"}
+convert own own "${only_rms[@]}" --pictured 0 ${AUDIO:+--audio "$AUDIO/own"}
 step pitch "$python" -m recipes.evaluate_pitch "$corpus/pitch-test" --network "$rmvpe" \
   --snr inf 20 10 5 --report "$results/pitch.json"
 step content "$python" -m recipes.evaluate_content "$encoder" "$corpus/content/part-0" \

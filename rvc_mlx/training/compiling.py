@@ -1,7 +1,7 @@
 """How a training step is compiled, if it is.
 
-One step is a graph of some 13,000 operations, and to build it in Python takes longer than
-a GPU needs for them:
+One step is a graph of more than ten thousand operations, and to build it in Python takes
+longer than a GPU needs for them:
 
 - ``"traced"``: it is built once for each shape of batch and replayed as it is. Nothing is
   compiled, so that training starts at once.
