@@ -33,6 +33,7 @@ from rvc_mlx.training.forward import (
     generate,
     oscillator,
     segments,
+    spoken_items,
     step_inputs,
     training_network,
 )
@@ -318,7 +319,7 @@ def test_shared_items_are_spoken_as_a_conversion_speaks(name):
     network = training_network(config)
     bind(network, folded(make_step(config).generator))
     own = generate(network, inputs, config, mx.float32).audio
-    shared = generate(network, inputs, config, mx.float32, from_prior=1).audio
+    shared = generate(network, inputs, config, mx.float32, from_prior=[0]).audio
     assert mx.allclose(own[1], shared[1], atol=1e-6)
     assert not mx.allclose(own[0], shared[0], atol=1e-3)
     # The first clip is whole: no mask is needed to speak it.
@@ -334,6 +335,32 @@ def test_shared_items_are_spoken_as_a_conversion_speaks(name):
         source = network.dec.m_source(*heard, *drawn)
     audio = network.dec(latent, g, source)
     assert mx.allclose(audio[0], shared[0], atol=1e-5)
+
+
+def test_any_items_can_be_shared():
+    config = make_config("nsf")
+    inputs = step_inputs(make_batch(config), draw(config, make_batch(config), 7, 0))
+    network = training_network(config)
+    bind(network, folded(make_step(config).generator))
+    none, first, second, both = (
+        generate(network, inputs, config, mx.float32, from_prior=items).audio
+        for items in ([], [0], [1], [0, 1])
+    )
+    for made, expected in ((second, (none, both)), (both, (first, second))):
+        assert mx.allclose(made[0], expected[0][0], atol=1e-6)
+        assert mx.allclose(made[1], expected[1][1], atol=1e-6)
+    assert not mx.allclose(none[1], second[1], atol=1e-3)
+
+
+def test_devices_share_as_one_would():
+    assert spoken_items(0, 4) == []
+    assert spoken_items(0.5, 4) == [0, 2]
+    assert spoken_items(1, 3) == [0, 1, 2]
+    assert spoken_items(0.01, 4) == [0]
+    for share in (0.1, 0.3, 0.5, 0.8):
+        joint = spoken_items(share, 12)
+        halves = spoken_items(share, 6), spoken_items(share, 6, first=6)
+        assert joint == halves[0] + [6 + item for item in halves[1]]
 
 
 def test_prior_reaches_the_text_encoder_through_the_audio():

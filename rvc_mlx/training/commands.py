@@ -153,8 +153,8 @@ def _add_run(group: Any) -> None:
     number("--decay", "--lr-decay", default=0.999875, least=0.0,
            text="factor of the learning rate from epoch to epoch")  # fmt: skip
     number("--adversarial-from", default=0, least=0,
-           text="train without the discriminator for N steps: several times as many "
-           "in the same time, for a voice that is far from its goal")  # fmt: skip
+           text="train without the discriminator for N steps, which take about half "
+           "the time, for a voice that is far from its goal")  # fmt: skip
     number("--prior-share", default=0.0, least=0.0,
            text="share of each batch, 0 to 1, that is spoken as a conversion speaks, "
            "so that the losses reach the text encoder; RVC has none")  # fmt: skip

@@ -5,8 +5,9 @@ Source: RVC ``SynthesizerTrnMs768NSFsid.forward``.
 
 from __future__ import annotations
 
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -203,12 +204,27 @@ def _wrapped(cycles: mx.array) -> mx.array:
     return cycles - mx.round(cycles)
 
 
+def spoken_items(share: float, items: int, first: int = 0) -> list[int]:
+    """Items of a batch that are spoken from the prior: evenly spread, one at least.
+
+    Args:
+        share: of the joint batch, 0 to 1.
+        items: in the batch of this device.
+        first: place of its first item in the joint batch of all devices.
+    """
+
+    def until(item: int) -> int:
+        return math.ceil(share * (first + item))
+
+    return [item for item in range(items) if until(item + 1) > until(item)]
+
+
 def generate(
     network: Synthesizer,
     x: Mapping[str, mx.array],
     config: TrainingConfig,
     dtype: mx.Dtype,
-    from_prior: int = 0,
+    from_prior: Sequence[int] = (),
 ) -> Pass:
     """Posterior, prior and audio of one segment of each item.
 
@@ -218,9 +234,9 @@ def generate(
         x: of `step_inputs`.
         config: sizes.
         dtype: of the layers; the posterior's sample and the harmonic source are float32.
-        from_prior: this many first items are spoken as a conversion speaks, from a sample
-            of the prior through the inverse flow; the losses then reach the text encoder
-            by way of the audio too. RVC has 0.
+        from_prior: these items are spoken as a conversion speaks, from a sample of the
+            prior through the inverse flow; the losses then reach the text encoder by way
+            of the audio too. RVC has none.
     """
     T = x["phone"].shape[1]
     mask = (mx.arange(T) < x["lengths"][:, None]).astype(mx.float32)[..., None]
@@ -233,11 +249,14 @@ def generate(
     # The vocoder decodes z, not z_p, and sees no mask.
     heard = z.astype(dtype)
     if from_prior:
-        some = slice(from_prior)
+        some = mx.array(list(from_prior))
         noise = x["posterior"][some] * PRIOR_NOISE_SCALE
         sample = m_p[some] + mx.exp(logs_p[some]) * noise.astype(dtype)
         spoken = network.flow(sample * small[some], g[some], small[some], reverse=True)
-        heard = mx.concatenate([spoken, heard[from_prior:]])
+        rest = [item for item in range(len(heard)) if item not in from_prior]
+        places = np.argsort([*from_prior, *rest])
+        both = mx.concatenate([spoken, heard[mx.array(rest)]] if rest else [spoken])
+        heard = both[mx.array(places)]
     latent = segments(heard, x["starts"], config.segment_frames)
     source = None
     if config.model.f0:

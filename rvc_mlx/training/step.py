@@ -19,7 +19,6 @@ the mel and KL losses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,12 @@ import numpy as np
 from rvc_mlx.training import compiling
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.discriminators import Discriminator
-from rvc_mlx.training.distributed import Group, frame_share, mean_gradients
+from rvc_mlx.training.distributed import (
+    Group,
+    frame_share,
+    mean_gradients,
+    rank_of,
+)
 from rvc_mlx.training.forward import (
     Draws,
     Pass,
@@ -38,6 +42,7 @@ from rvc_mlx.training.forward import (
     draw,
     generate,
     segments,
+    spoken_items,
     step_inputs,
     training_network,
 )
@@ -230,7 +235,8 @@ class TrainStep:
         wave = x["wave"].reshape(*x["phone"].shape[:2], config.hop)
         real = segments(wave, x["starts"], segment).flatten(1)
         target = log_mel(segments(x["spec"], x["starts"], segment), config)
-        from_prior = math.ceil(config.prior_share * len(real))
+        first = rank_of(self._world)[0] * len(real)
+        from_prior = spoken_items(config.prior_share, len(real), first)
 
         def loss(weights: Parameters) -> tuple[mx.array, Any, Any]:
             bind(self._network, weights)
