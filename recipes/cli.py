@@ -27,7 +27,7 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--minutes", type=float, default=1e9, help="of this call")
     parser.add_argument("--leave-out", nargs="*", default=[], help="speakers, or f*")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64, help="per process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument(

@@ -23,6 +23,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from rvc_mlx.training import compiling
+from rvc_mlx.training.distributed import Group, agree, mean_gradients, rank_of
 from rvc_mlx.training.parametrization import Packing
 
 HostBatch = dict[str, np.ndarray]
@@ -95,7 +96,10 @@ class Launched:
 
 
 class Training:
-    """A network in training.
+    """A network in training, alone or with the other processes of a group.
+
+    All processes start from the same weights; each step takes the mean of their
+    gradients and running statistics, and the clock of the first.
 
     Attributes:
         network: its structure; the arrays that count are in ``weights``.
@@ -104,6 +108,7 @@ class Training:
         moments: AdamW's state.
         step: steps done.
         seconds: time spent in them.
+        rank: of this process in its group; the first, 0, logs and writes.
     """
 
     def __init__(
@@ -113,8 +118,10 @@ class Training:
         schedule: Schedule,
         dtype: mx.Dtype = mx.float32,
         compiled: str = "traced",
+        group: Group | None = None,
     ):
         network.train()
+        self._group, self.rank = group, rank_of(group)[0]
         self.network = network
         self.schedule = schedule
         trainable = dict(tree_flatten(network.trainable_parameters()))
@@ -146,6 +153,9 @@ class Training:
         seen = self._packing.unpack(weights[_ALL].astype(self._dtype))
         (_, (losses, buffers)), gradients = mx.value_and_grad(total)(seen)
         gradients = {_ALL: self._packing.pack(gradients).astype(mx.float32)}
+        gradients = mean_gradients(gradients, self._group)
+        statistics = mean_gradients(dict(tree_flatten(buffers)), self._group)
+        buffers = tree_unflatten(list(statistics.items())) if statistics else {}
         gradients, norm = optim.clip_grad_norm(gradients, self.schedule.clip)
         self._optimiser.state = moments
         weights = self._optimiser.apply_gradients(gradients, weights)
@@ -179,6 +189,15 @@ class Training:
         self.seconds += time.perf_counter() - launched.began if self._started else 0.0
         self._started = True
         return values
+
+    def goes_on(self, late: bool = False) -> bool:
+        """Whether there is another step; the first process decides, for all.
+
+        Args:
+            late: this call's time is over.
+        """
+        self.seconds, stop = agree([self.seconds, float(late)], self._group)
+        return not (stop or self.done)
 
     def advance(self, batch: Batch) -> dict[str, float]:
         """One step from start to end, see ``finish``."""

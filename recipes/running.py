@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from recipes.optimisation import Batch, HostBatch, Training
+from rvc_mlx.training.distributed import Group, rank_of
 
 log = logging.getLogger("recipes")
 
@@ -32,17 +33,23 @@ def on_device(batch: Mapping[str, np.ndarray | mx.array]) -> Batch:
 
 
 def prefetch(
-    make: Callable[[int], HostBatch], first: int, workers: int = 4
+    make: Callable[[int], HostBatch],
+    first: int,
+    group: Group | None = None,
+    workers: int = 4,
 ) -> Iterator[HostBatch]:
     """Batches ``make(first)``, ``make(first + 1)`` and so on, prepared ahead by threads.
 
-    An error of ``make`` is raised here when its batch is due.
+    Of N processes each makes every N-th, so that N steps of one have the batches of a
+    joint step. An error of ``make`` is raised here when its batch is due.
     """
+    rank, world = rank_of(group)
+    numbers = itertools.count(first * world + rank, world)
     with ThreadPoolExecutor(workers) as pool:
-        ahead = deque(pool.submit(make, first + i) for i in range(2 * workers))
-        for index in itertools.count(first + len(ahead)):
+        ahead = deque(pool.submit(make, next(numbers)) for _ in range(2 * workers))
+        while True:
             yield ahead.popleft().result()
-            ahead.append(pool.submit(make, index))
+            ahead.append(pool.submit(make, next(numbers)))
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class Watch:
 def run(training: Training, batches: Iterator[Batch], watch: Watch) -> list[dict]:
     """Train until the schedule or this call's time is over, then save.
 
+    Of several processes that train together, the first logs and saves.
+
     Args:
         training: where it stands.
         batches: without end; one more is taken than steps are done.
@@ -78,11 +87,13 @@ def run(training: Training, batches: Iterator[Batch], watch: Watch) -> list[dict
     sums: dict[str, float] = {}
     counted, last = 0, began
     batch = None if training.done else next(batches)
-    while not training.done and time.monotonic() - began < 60 * watch.minutes:
+    while training.goes_on(time.monotonic() - began >= 60 * watch.minutes):
         launched = training.launch(batch)
         batch = next(batches)  # while the device is busy
         for name, value in training.finish(launched).items():
             sums[name] = sums.get(name, 0.0) + value
+        if training.rank != 0:
+            continue
         counted += 1
         now = time.monotonic()
         if counted == watch.log_every or training.done:
@@ -94,7 +105,8 @@ def run(training: Training, batches: Iterator[Batch], watch: Watch) -> list[dict
         if now - saved > watch.save_every:
             training.save(watch.checkpoint)
             saved = time.monotonic()
-    training.save(watch.checkpoint)
+    if training.rank == 0:
+        training.save(watch.checkpoint)
     return history
 
 

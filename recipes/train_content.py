@@ -27,13 +27,16 @@ from recipes.exporting import corpus_facts, export, start_from
 from recipes.optimisation import Batch, Training
 from recipes.running import Watch, prefetch, run, write_history
 from rvc_mlx.models.contentvec import ContentVecConfig
+from rvc_mlx.training.distributed import Group, connect
 
 log = logging.getLogger("recipes")
 
 
-def prepared(batches: ContentBatches, first: int, frames: int) -> Iterator[Batch]:
+def prepared(
+    batches: ContentBatches, first: int, frames: int, group: Group | None
+) -> Iterator[Batch]:
     """Augmented batches from step ``first`` on; the host part runs ahead."""
-    for batch in prefetch(batches, first):
+    for batch in prefetch(batches, first, group):
         ready = prepare(batch, frames)
         mx.async_eval(ready)
         yield ready
@@ -61,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("bf16", "f32"), default="bf16")
     parser.add_argument("--config", type=json.loads, default={}, help="JSON of sizes")
     options = parser.parse_args(arguments)
+    group = connect()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     shards = cli.read_corpus(options.corpus, options.leave_out)
     shards = [shard for shard in shards if len(shard.classes)]
@@ -78,12 +82,16 @@ def main(arguments: list[str] | None = None) -> None:
         cli.schedule(options, options.learning_rate),
         mx.bfloat16 if options.precision == "bf16" else mx.float32,
         compiled=options.compile,
+        group=group,
     )
     watch = Watch(
         options.work / "content.safetensors", options.minutes, options.log_every
     )
     cli.resume(training, watch)
-    history = run(training, prepared(batches, training.step, options.frames), watch)
+    made = prepared(batches, training.step, options.frames, group)
+    history = run(training, made, watch)
+    if training.rank != 0:
+        return
     facts = corpus_facts(options.corpus, batches.speakers)
     facts["seed"] = str(options.seed)
     facts |= cli.start_facts(options)

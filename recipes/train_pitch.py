@@ -27,13 +27,16 @@ from recipes.pitch_training import (
 from recipes.running import Watch, prefetch, run, write_history
 from rvc_mlx.models.rmvpe import RMVPEConfig
 from rvc_mlx.pitch import VOICING_THRESHOLD
+from rvc_mlx.training.distributed import Group, connect
 
 log = logging.getLogger("recipes")
 
 
-def prepared(batches: PitchBatches, first: int, n_mels: int) -> Iterator[Batch]:
+def prepared(
+    batches: PitchBatches, first: int, n_mels: int, group: Group | None
+) -> Iterator[Batch]:
     """Augmented batches from step ``first`` on; the host part runs ahead."""
-    for batch in prefetch(batches, first):
+    for batch in prefetch(batches, first, group):
         ready = prepare(batch, batches.length, n_mels)
         mx.async_eval(ready)
         yield ready
@@ -96,6 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--config", type=json.loads, default={}, help="JSON of sizes")
     options = parser.parse_args(arguments)
+    group = connect()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     shards = cli.read_corpus(options.corpus, options.leave_out)
     batches = PitchBatches(shards, options.batch, options.frames, options.seed)
@@ -109,12 +113,16 @@ def main(arguments: list[str] | None = None) -> None:
         pitch_loss,
         cli.schedule(options, options.learning_rate),
         compiled=options.compile,
+        group=group,
     )
     watch = Watch(
         options.work / "pitch.safetensors", options.minutes, options.log_every
     )
     cli.resume(training, watch)
-    history = run(training, prepared(batches, training.step, config.n_mels), watch)
+    made = prepared(batches, training.step, config.n_mels, group)
+    history = run(training, made, watch)
+    if training.rank != 0:
+        return
     speakers = sorted({shard.speaker for shard in shards if len(shard.f0)})
     facts = corpus_facts(options.corpus, speakers)
     facts["seed"] = str(options.seed)

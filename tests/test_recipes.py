@@ -14,14 +14,17 @@ import os
 import shutil
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from processes import PATHS, launch
 
 from recipes import (
     corpus,
     evaluate_content,
     evaluate_pitch,
+    optimisation,
     phones,
     speakers,
     text,
@@ -62,7 +65,7 @@ from recipes.pitch_training import (
     widened,
 )
 from recipes.pitch_training import prepare as prepare_pitch
-from recipes.running import Watch, on_device, run
+from recipes.running import Watch, on_device, prefetch, run
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.loading import Encoder, read_weights
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
@@ -443,6 +446,79 @@ def test_training_continues_bit_for_bit(tmp_path):
     expected = dict(tree_flatten(whole.weights))
     for name, value in tree_flatten(resumed.weights):
         assert mx.array_equal(value, expected[name]).item(), name
+
+
+RANK = """
+from pathlib import Path
+from test_recipes import joint_training
+from rvc_mlx.training.distributed import connect
+group = connect()
+assert group.size() == 2
+joint_training(Path(sys.argv[1]), group)
+"""
+
+
+class Mean(nn.Module):
+    """A layer, and statistics of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.norm = nn.BatchNorm(3)
+
+    def __call__(self, x):
+        return self.layer(self.norm(x) + x)
+
+
+def numbers(step):
+    """The batch of a step: unlike every other."""
+    x = np.random.default_rng(step).standard_normal((8, 3)).astype(np.float32)
+    return {"x": x + step % 2}
+
+
+def joint_training(folder, group=None):
+    """Three steps of two batches each, by one process or by two."""
+
+    def loss(network, batch, strength):
+        del strength
+        parts = mx.split(batch["x"], len(batch["x"]) // 8)
+        errors = [mx.square(network(x) - 1).mean() for x in parts]
+        return {"total": sum(errors) / len(errors)}
+
+    mx.random.seed(0)
+    training = Training(Mean(), loss, Schedule(1e-2, 3), compiled="no", group=group)
+    made = (on_device(batch) for batch in prefetch(numbers, 0, group))
+    if group is None:
+        pairs = zip(made, made, strict=False)
+        made = ({"x": mx.concatenate([a["x"], b["x"]])} for a, b in pairs)
+    run(training, made, Watch(folder / f"{training.rank}.safetensors"))
+    assert training.step == 3
+    return training
+
+
+def test_two_processes_train_as_one_does_on_both_batches(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(PATHS + RANK)
+    done = launch(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "1.safetensors").exists()  # one of them writes
+    found = mx.load(str(tmp_path / "0.safetensors"))
+    (tmp_path / "joint").mkdir()
+    joint_training(tmp_path / "joint")
+    wanted = mx.load(str(tmp_path / "joint" / "0.safetensors"))
+    weights = [name for name in wanted if name.startswith("w.")]
+    assert weights
+    for name in weights:
+        assert mx.allclose(found[name], wanted[name], atol=1e-5), name
+
+
+def test_the_first_process_tells_when_to_stop(monkeypatch):
+    training, _ = content_training()
+    monkeypatch.setattr(optimisation, "agree", lambda *_: [7.0, 1.0])
+    assert not training.goes_on()
+    assert training.seconds == 7.0
+    monkeypatch.setattr(optimisation, "agree", lambda *_: [7.0, 0.0])
+    assert training.goes_on(late=True)
 
 
 def test_a_checkpoint_of_another_size_is_refused(tmp_path):

@@ -4,7 +4,6 @@ Runs are of a tiny voice at 3200 Hz on clips and features made here; child proce
 real ``rvc-mlx train`` commands.
 """
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +12,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -25,6 +23,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from processes import PATHS, launch
 
 from rvc_mlx.checkpoint import hash_file, read_checkpoint
 from rvc_mlx.cli import main
@@ -1023,38 +1022,10 @@ def test_buckets_give_every_gradient_back(monkeypatch, bucket):
     assert sum(messages) == sum(value.nbytes for value in gradients.values())
 
 
-def launch(*command, backend="ring"):
-    """Run a Python program as two ranks on this machine."""
-    start = "from mlx._distributed_utils.launch import main; main()"  # mlx.launch
-    for _ in range(3):
-        words = ["-n", "2", "--backend", backend]
-        words += ["--starting-port", str(free_ports(4))]
-        done = subprocess.run(
-            [sys.executable, "-c", start, *words, "--", sys.executable, *map(str, command)],
-            cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        # On a busy machine another program may take a port, or a rank start so late that
-        # the other has given up; the launcher's own exit code does not tell.
-        if "[ring]" not in done.stderr:
-            break
-    return done
-
-
-def free_ports(count):
-    """The first of so many ports in a row that nobody listens on."""
-    for first in np.random.default_rng().integers(20_000, 60_000, 100).tolist():
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                probe = stack.enter_context(socket.socket())
-                probe.bind(("127.0.0.1", port))
-            return first
-    raise OSError(f"no {count} free ports in a row")
-
-
 RANK = """
 import sys
 import mlx.core as mx, numpy as np
-from tests.test_training_run import one_step
+from test_training_run import one_step
 from rvc_mlx.training.distributed import connect
 mx.set_default_device(getattr(mx, sys.argv[3]))
 group = connect()
@@ -1105,7 +1076,7 @@ def test_two_processes_have_the_gradients_of_the_joint_batch(
 ):
     """Clips differ in length, so means over frames differ between the ranks."""
     script = tmp_path / "rank.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})" + RANK)
+    script.write_text(PATHS + RANK)
     done = launch(script, data, tmp_path, kind, backend=backend)
     assert done.returncode == 0, done.stderr
     device = mx.default_device()
