@@ -36,8 +36,9 @@ def _milliseconds(cell: dict | None) -> Any:
     return "failed" if "failed" in cell else 1e3 * cell["median_s"]
 
 
-def _fewest(row: dict) -> int:
-    return min(len(c["samples_s"]) for c in row["sides"].values() if "samples_s" in c)
+def _fewest(row: dict) -> int | None:
+    cells = [cell for cell in row["sides"].values() if "samples_s" in cell]
+    return min((len(cell["samples_s"]) for cell in cells), default=None)
 
 
 def _best(row: dict, program: str) -> float | None:

@@ -872,6 +872,14 @@ def test_discriminator_joins_in_when_it_is_told(folder, monkeypatch):
     assert read_checkpoint(folder / "v.pth").metadata["epoch"] == 3
 
 
+def test_nothing_stops_before_the_discriminator_joins_in(folder, monkeypatch, capsys):
+    scripted_scores(monkeypatch, [1.0, 2.0, 2.0, 3.0, 4.0, 4.0, 4.0])
+    more = ("--adversarial-from", 12, "--patience", 2)
+    assert main(words(folder, *more, epochs=10)) == 0
+    told = capsys.readouterr().out
+    assert "6 epochs, 24 steps, best epoch 4, stopped early" in told
+
+
 def test_prior_share_is_kept(folder, monkeypatch, capsys):
     idle_steps(monkeypatch)
     assert main(words(folder, "--prior-share", 0.5, epochs=1)) == 0

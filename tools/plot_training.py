@@ -45,7 +45,8 @@ def read(run: Path) -> tuple[str, list[dict[str, float]]]:
         raise ValueError(
             f"{path}: {error}; expected the metrics.jsonl of a training run"
         ) from error
-    return run.name if run.is_dir() else path.stem, rows
+    place = path.resolve()
+    return place.parent.name if place.name == "metrics.jsonl" else place.stem, rows
 
 
 def curve(rows: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:

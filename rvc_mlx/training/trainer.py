@@ -155,7 +155,7 @@ class Trainer:
         for batch, draws in prefetch(self._drawn(batches, first.step), _AHEAD):
             if 0 < self.progress.step == self._options.adversarial_from:
                 # What came before sounds worse at the same distance, and is no rival.
-                self.progress = replace(self.progress, best=None, stale=0)
+                self.progress = replace(self.progress, best=None, best_epoch=0, stale=0)
             judged = self.progress.step >= self._options.adversarial_from
             losses = self._step(batch, draws, judged)
             if waiting:
@@ -284,6 +284,7 @@ class Trainer:
             if self._rank == 0:
                 self._keeper.keep_best(self._step.generator, now)
         else:
-            stale = now.stale + 1
+            # Before the discriminator joins in, nothing is at its end.
+            stale = now.stale + 1 if now.step > self._options.adversarial_from else 0
             now = replace(now, stale=stale, stopped=0 < patience <= stale)
         self.progress = now
