@@ -155,7 +155,7 @@ class Training:
         gradients = {_ALL: self._packing.pack(gradients).astype(mx.float32)}
         gradients = mean_gradients(gradients, self._group)
         statistics = mean_gradients(dict(tree_flatten(buffers)), self._group)
-        buffers = tree_unflatten(list(statistics.items())) if statistics else {}
+        buffers = _tree(list(statistics.items()))
         gradients, norm = optim.clip_grad_norm(gradients, self.schedule.clip)
         self._optimiser.state = moments
         weights = self._optimiser.apply_gradients(gradients, weights)
@@ -260,7 +260,7 @@ class Training:
                 )
             # The order of the leaves is that of the sums over them.
             ordered = [(name, found[name]) for name in expected]
-            trees[kind] = tree_unflatten(ordered) if ordered else {}
+            trees[kind] = _tree(ordered)
         self.weights, self.buffers, self.moments = trees["w"], trees["b"], trees["m"]
         self.step, self.seconds = told["step"], told["seconds"]
 
@@ -273,4 +273,9 @@ def _rest(network: nn.Module) -> dict:
         for name, value in tree_flatten(network.parameters())
         if name not in trained
     ]
-    return tree_unflatten(rest) if rest else {}
+    return _tree(rest)
+
+
+def _tree(named: list[tuple[str, mx.array]]) -> dict:
+    """The inverse of ``tree_flatten``, of nothing too."""
+    return tree_unflatten(named) if named else {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from rvc_mlx.machine import lend_openblas, widen_cuda_caches
+from rvc_mlx.machine import lend_openblas, set_up_cuda
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.version import __version__
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "ConversionOptions", "VoiceConverter", "__version__", "load"]
 
 
-widen_cuda_caches()
+set_up_cuda()
 lend_openblas()
 
 

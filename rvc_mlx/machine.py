@@ -43,8 +43,8 @@ def cache_folder() -> Path:
     return Path(home).expanduser() if home else Path.home() / ".cache" / "rvc_mlx"
 
 
-def widen_cuda_caches() -> None:
-    """Let MLX keep what it compiles and plans for CUDA; what is set already stays."""
+def set_up_cuda() -> None:
+    """Tell MLX how to use CUDA and to keep what it compiles; what is set already stays."""
     if sys.platform != "linux":
         return
     for name, value in _CUDA_SETTINGS.items():

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rvc_mlx import machine
-from rvc_mlx.machine import cache_folder, processors, widen_cuda_caches
+from rvc_mlx.machine import cache_folder, processors, set_up_cuda
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
 
@@ -32,7 +32,7 @@ def test_settings_for_cuda_leave_the_users_alone(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RVC_MLX_HOME", str(tmp_path))
     monkeypatch.setenv("MLX_CUDA_CONV_CACHE_SIZE", "7")
-    widen_cuda_caches()
+    set_up_cuda()
     assert os.environ["MLX_CUDA_CONV_CACHE_SIZE"] == "7"
     assert int(os.environ["MLX_CUDA_GRAPH_CACHE_SIZE"]) > 400
     # Kernels of another MLX are not taken for this one's.

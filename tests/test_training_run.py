@@ -737,12 +737,12 @@ def test_diverged_run_is_one_line_and_keeps_the_last_good_state(
 ):
     assert main(words(folder, epochs=1)) == 0
     before = (folder / STATE).read_bytes()
-    step = TrainStep.__call__
+    step = TrainStep.advance
 
     def poisoned(*arguments):
         return step(*arguments) | {name: mx.array(float("nan"))}
 
-    monkeypatch.setattr(TrainStep, "__call__", poisoned)
+    monkeypatch.setattr(TrainStep, "advance", poisoned)
     capsys.readouterr()
     assert main(words(folder, "--resume", epochs=2)) == 1
     [line] = [x for x in capsys.readouterr().err.splitlines() if "rvc-mlx:" in x]
@@ -765,7 +765,7 @@ def test_networks_that_are_not_finite_are_not_saved(folder, monkeypatch, capsys)
 def idle_steps(monkeypatch):
     """Steps that change nothing, for what is not about them."""
     losses = {"loss_g": mx.array(1.0), "grad_norm_g": mx.array(1.0)}
-    monkeypatch.setattr(TrainStep, "__call__", lambda *_: losses)
+    monkeypatch.setattr(TrainStep, "advance", lambda *_: losses)
 
 
 def scripted_scores(monkeypatch, scores):
@@ -858,13 +858,13 @@ def test_discriminator_joins_in_when_it_is_told(folder, monkeypatch):
     judged = []
     losses = {"loss_g": mx.array(1.0), "grad_norm_g": mx.array(1.0)}
 
-    def idle(step, batch, draws, now):
+    def idle(step, inputs, now):
         judged.append(now)
         return losses
 
     left = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(Validator, "__call__", lambda *_: Scores({SCORE: next(left)}))
-    monkeypatch.setattr(TrainStep, "__call__", idle)
+    monkeypatch.setattr(TrainStep, "advance", idle)
     assert main(words(folder, "--adversarial-from", 6, epochs=2)) == 0
     assert main(words(folder, "--resume", epochs=3)) == 0
     assert judged == 6 * [False] + 6 * [True]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,8 +26,6 @@ from rvc_mlx.training.presets import TrainingConfig
 
 if TYPE_CHECKING:
     from rvc_mlx.training.dataset import Batch
-
-Given = TypeVar("Given", "Batch", "Draws")
 
 
 def training_network(
@@ -121,13 +119,6 @@ def draw(
     phase[..., 0] = 0
     source = normal("source", (config.segment_samples, harmonics))
     return Draws(posterior, starts, source, phase)
-
-
-def as_arrays(values: Given) -> Given:
-    """A batch or draws with its arrays where the device can read them."""
-    given = vars(values).items()
-    moved = {k: mx.array(v) for k, v in given if isinstance(v, np.ndarray)}
-    return cast(Given, replace(cast(Any, values), **moved))
 
 
 def step_inputs(batch: Batch, draws: Draws) -> dict[str, mx.array]:
@@ -253,10 +244,7 @@ def generate(
         noise = x["posterior"][some] * PRIOR_NOISE_SCALE
         sample = m_p[some] + mx.exp(logs_p[some]) * noise.astype(dtype)
         spoken = network.flow(sample * small[some], g[some], small[some], reverse=True)
-        rest = [item for item in range(len(heard)) if item not in from_prior]
-        places = np.argsort([*from_prior, *rest])
-        both = mx.concatenate([spoken, heard[mx.array(rest)]] if rest else [spoken])
-        heard = both[mx.array(places)]
+        heard[some] = spoken
     latent = segments(heard, x["starts"], config.segment_frames)
     source = None
     if config.model.f0:

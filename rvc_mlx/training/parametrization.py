@@ -137,7 +137,8 @@ class Packing:
         def weights(*arrays: mx.array) -> list[mx.array]:
             return list(folded(dict(zip(parts, arrays, strict=True))).values())
 
-        wanted = [slopes[name] for name in folded(parts)]
+        plain = (_plain_name(n) for n in parts if not n.endswith(".weight_g"))
+        wanted = [slopes[name] for name in plain]
         _, found = mx.vjp(weights, list(parts.values()), wanted)
         return self.pack(dict(zip(parts, found, strict=True)))
 
@@ -179,7 +180,7 @@ def folded(parameters: Mapping[str, mx.array]) -> Parameters:
     plain = {}
     for name, value in parameters.items():
         if name.endswith(".weight_v"):
-            plain[name[:-2]] = _folded(value, parameters[name[:-1] + "g"])
+            plain[_plain_name(name)] = _folded(value, parameters[name[:-1] + "g"])
         elif not name.endswith(".weight_g"):
             plain[name] = value
     return plain

@@ -77,6 +77,7 @@ class Plan:
 
 
 _PLANNED = ("name", "author", "embedder", "hold_out", "validation_clips")
+_CONFIG = ("prior_share",)
 _OPTIONS = tuple(field.name for field in fields(RunOptions))
 
 
@@ -121,12 +122,15 @@ def make_plan(folder: Path, arguments: argparse.Namespace) -> Plan:
             )
         plan = Plan(config, RunOptions(), folder.name)
     given = {k: v for k, v in vars(arguments).items() if v is not None}
-    if "prior_share" in given:
-        config = replace(plan.config, prior_share=given["prior_share"])
-        plan = replace(plan, config=config)
     options = {name: given[name] for name in _OPTIONS if name in given}
     planned = {name: given[name] for name in _PLANNED if name in given}
-    return replace(plan, options=replace(plan.options, **options), **planned)
+    weights = {name: given[name] for name in _CONFIG if name in given}
+    return replace(
+        plan,
+        config=replace(plan.config, **weights),
+        options=replace(plan.options, **options),
+        **planned,
+    )
 
 
 def choose_config(

@@ -29,12 +29,7 @@ import numpy as np
 from rvc_mlx.training import compiling
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.discriminators import Discriminator
-from rvc_mlx.training.distributed import (
-    Group,
-    frame_share,
-    mean_gradients,
-    rank_of,
-)
+from rvc_mlx.training.distributed import Group, frame_share, mean_gradients, rank_of
 from rvc_mlx.training.forward import (
     Draws,
     Pass,
@@ -164,8 +159,14 @@ class TrainStep:
             ``loss_adv``, ``loss_fm``; ``grad_norm_g``; where judged also ``loss_d`` and
             ``grad_norm_d``.
         """
+        return self.advance(step_inputs(batch, draws), judged)
+
+    def advance(
+        self, inputs: dict[str, mx.array], judged: bool = True
+    ) -> dict[str, mx.array]:
+        """The same, of what ``forward.step_inputs`` makes of a batch and draws."""
         step = self._both if judged else self._alone
-        self._state, losses = step(self._state, step_inputs(batch, draws))
+        self._state, losses = step(self._state, inputs)
         mx.async_eval(self._state, losses)
         return losses
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from rvc_mlx.training.dataset import Batch, TrainingSet, prefetch
 from rvc_mlx.training.distributed import Group, agree, rank_of
-from rvc_mlx.training.forward import Draws, as_arrays, draw
+from rvc_mlx.training.forward import draw, step_inputs
 from rvc_mlx.training.keeper import Keeper
 from rvc_mlx.training.monitor import Monitor
 from rvc_mlx.training.presets import TrainingConfig
@@ -152,12 +152,12 @@ class Trainer:
         )
         started = time.perf_counter()
         waiting: tuple[dict[str, mx.array], Progress] | None = None
-        for batch, draws in prefetch(self._drawn(batches, first.step), _AHEAD):
+        for inputs in prefetch(self._inputs(batches, first.step), _AHEAD):
             if 0 < self.progress.step == self._options.adversarial_from:
                 # What came before sounds worse at the same distance, and is no rival.
                 self.progress = replace(self.progress, best=None, best_epoch=0, stale=0)
             judged = self.progress.step >= self._options.adversarial_from
-            losses = self._step(batch, draws, judged)
+            losses = self._step.advance(inputs, judged)
             if waiting:
                 self._look_at(*waiting, monitor)
             now = self.progress
@@ -175,14 +175,14 @@ class Trainer:
         steps = max(self.progress.step - first.step, 1)
         return {"time/step_seconds": spent / steps, "learning_rate": rate}
 
-    def _drawn(
+    def _inputs(
         self, batches: Iterator[Batch], first: int
-    ) -> Iterator[tuple[Batch, Draws]]:
+    ) -> Iterator[dict[str, mx.array]]:
         """Each batch with the random numbers of its step, the ``first`` and those after."""
         item = self._rank * self._options.batch_size
         for step, batch in enumerate(batches, first):
             draws = draw(self._config, batch, self._options.seed, step, item)
-            yield as_arrays(batch), as_arrays(draws)
+            yield step_inputs(batch, draws)
 
     def _look_at(
         self,
