@@ -923,6 +923,33 @@ def test_voice_starts_from_public_checkpoints(folder, tmp_path):
     assert json.loads((folder / "run.json").read_text())["started_from"] == told
 
 
+def test_run_that_saved_nothing_begins_again_from_the_same_weights(
+    folder, tmp_path, monkeypatch, capsys
+):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    idle_steps(monkeypatch)
+    path = tmp_path / "G.pth"
+    generator, _ = initial(CONFIG, 99)
+    write_training_checkpoint(path, to_torch(generator), 1, 1e-4, MODEL)
+    again = ("--resume", "-pg", path)
+    with monkeypatch.context() as killed:
+        killed.setattr(TrainStep, "advance", stop)
+        for more in (again, again):  # a first start may be with --resume too
+            assert main(words(folder, *more, epochs=1)) == 130
+    before = (folder / "run.json").read_bytes()
+    capsys.readouterr()
+    assert main(words(folder, "--resume", epochs=1)) == 1
+    told = capsys.readouterr().err
+    assert "was started from G.pth (sha256 " in told
+    assert "not random weights, and has saved nothing yet; give the same" in told
+    assert (folder / "run.json").read_bytes() == before
+    assert main(words(folder, *again, epochs=1)) == 0
+    assert (folder / "run.json").read_bytes() == before
+    assert main(words(folder, "--resume", epochs=2)) == 0  # from its state
+
+
 def test_train_command_from_recordings_to_a_voice_that_converts(
     tmp_path, small_models, speech, home, capsys
 ):

@@ -22,7 +22,7 @@ from rvc_mlx.training.files import locked, make_folders
 from rvc_mlx.training.index import CENTRES, build_index
 from rvc_mlx.training.keeper import Keeper
 from rvc_mlx.training.monitor import Monitor
-from rvc_mlx.training.plan import Plan, make_plan
+from rvc_mlx.training.plan import RUN, Plan, make_plan
 from rvc_mlx.training.preparation import find_pitch_net, hash_data, prepare
 from rvc_mlx.training.pretrained import Pretrained, load_pretrained
 from rvc_mlx.training.state import Progress
@@ -96,6 +96,8 @@ def _run(
     start = load_pretrained(
         arguments.pretrained_g, arguments.pretrained_d, config, options.seed
     )
+    if arguments.resume:  # before the ranks meet, after which the first writes the plan
+        _check_sources(folder, plan, start)
     trainer = Trainer(
         folder,
         config,
@@ -124,6 +126,21 @@ def _run(
     )  # fmt: skip
     with Monitor(folder, done.step, done.epoch, arguments.tensorboard) as monitor:
         return trainer.run(identity, monitor)
+
+
+def _check_sources(folder: Path, plan: Plan, start: Pretrained) -> None:
+    """Refuse to begin a run again, which has saved nothing, from other weights."""
+    same = list(plan.started_from) == list(start.sources)
+    if same or (folder / STATE).exists() or not (folder / RUN).exists():
+        return
+    kept, given = (
+        " and ".join(sources) or "random weights"
+        for sources in (plan.started_from, start.sources)
+    )
+    raise ValueError(
+        f"{folder}: this run was started from {kept}, not {given}, and has saved nothing "
+        "yet; give the same --pretrained-g and --pretrained-d, or start anew with --force"
+    )
 
 
 def _networks(
