@@ -464,10 +464,22 @@ def test_state_comes_back_bit_for_bit(tmp_path):
 
 def test_state_of_another_run_is_refused_by_name(tmp_path):
     write_state(tmp_path / STATE, TENSORS, Progress(), {"seed": 1, "batch_size": 4})
-    with pytest.raises(ValueError, match=r"started with batch_size 4, not 8"):
+    with pytest.raises(ValueError, match=r"batch_size: saved 4, given 8\)"):
         read_state(tmp_path / STATE, {"seed": 1, "batch_size": 8})
-    with pytest.raises(ValueError, match=r"started with more null, not 2"):
+    with pytest.raises(ValueError, match=r"more: saved null, given 2\)"):
         read_state(tmp_path / STATE, {"seed": 1, "batch_size": 4, "more": 2})
+
+
+def test_refused_state_names_all_that_differs_and_no_more(tmp_path):
+    saved = {"config": dataclasses.asdict(CONFIG), "seed": 1}
+    write_state(tmp_path / STATE, TENSORS, Progress(), saved)
+    model = dataclasses.replace(MODEL, upsample_rates=(2, 4, 2, 2))
+    other = dataclasses.asdict(dataclasses.replace(CONFIG, model=model))
+    with pytest.raises(ValueError, match="other settings") as told:
+        read_state(tmp_path / STATE, {"config": other, "seed": 2})
+    wanted = "config.model.upsample_rates: saved [4, 2, 2, 2], given [2, 4, 2, 2]"
+    assert f"({wanted}; seed: saved 1, given 2)" in str(told.value)
+    read_state(tmp_path / STATE, saved)
     write_voice(
         tmp_path / "v.safetensors", to_torch(tiny_generator()), MODEL, VoiceFacts()
     )
@@ -816,12 +828,12 @@ def test_run_that_is_there_is_neither_lost_nor_mixed_up(folder, monkeypatch, cap
         return line
 
     assert "--resume" in fails()
-    assert "started with seed 1234, not 7" in fails("--resume", "--seed", 7)
+    assert "(seed: saved 1234, given 7)" in fails("--resume", "--seed", 7)
     assert json.loads((folder / "run.json").read_text())["options"]["seed"] == 1234
     assert "missing.pth" in fails("--force", "-pg", folder / "missing.pth")
     lines = (folder / filelist.FILELIST).read_text()
     (folder / filelist.FILELIST).write_text(lines.splitlines()[0] + "\n" + lines)
-    assert "started with data" in fails("--resume")
+    assert "(data: saved " in fails("--resume")
     (folder / filelist.FILELIST).write_text(lines)
     assert main(words(folder, "--force", "--seed", 7, epochs=1)) == 0
     assert (folder / STATE).read_bytes() != state
@@ -1152,4 +1164,4 @@ def test_train_command_runs_as_two_processes(folder, data, tmp_path, capsys):
     for mine, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(mine[SCORE], other[SCORE], rtol=1e-3)
     assert main(words(folder, "--resume", epochs=3)) == 1
-    assert "started with processes 2, not 1" in capsys.readouterr().err
+    assert "(processes: saved 2, given 1)" in capsys.readouterr().err

@@ -177,7 +177,7 @@ def read_state(
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is no such file, or a run with other settings; names them.
+        ValueError: it is no such file, or a run with other settings; names them all.
     """
     checkpoint = read_checkpoint(path)
     record = checkpoint.metadata.get("progress")
@@ -189,17 +189,28 @@ def read_state(
         or set(record) != {field.name for field in fields(Progress)}
     ):
         raise ValueError(f"{path}: this is no saved run of rvc-mlx train")
-    wanted = json.loads(json.dumps(dict(identity)))
-    for name in sorted(stored.keys() | wanted.keys()):
-        if stored.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{path}: this run was started with {name} {_shown(stored.get(name))}, "
-                f"not {_shown(wanted.get(name))}; continue it with the same, or start "
-                "anew with --force"
-            )
+    saved, given = (
+        dict(_leaves(json.loads(json.dumps(dict(settings)))))
+        for settings in (stored, identity)
+    )
+    other = [
+        f"{name}: saved {json.dumps(saved.get(name))}, "
+        f"given {json.dumps(given.get(name))}"
+        for name in sorted(saved.keys() | given.keys())
+        if saved.get(name) != given.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{path}: this run was started with other settings ({'; '.join(other)}); "
+            "continue it with the same, or start anew with --force"
+        )
     return checkpoint.tensors, Progress(**record)
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """What a tree of settings holds, by dotted name; lists are whole."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield above + name, value
