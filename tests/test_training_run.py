@@ -852,6 +852,31 @@ def test_continued_run_keeps_what_it_was_started_with(folder, monkeypatch):
     assert (folder / "v_2e_8s.pth").exists()
 
 
+def test_run_from_before_there_was_an_option_goes_on_without_it(
+    folder, monkeypatch, capsys
+):
+    idle_steps(monkeypatch)
+    assert main(words(folder, epochs=1)) == 0
+    plan = json.loads((folder / "run.json").read_text())
+    state = read_checkpoint(folder / STATE)
+    identity = state.metadata["identity"]
+    for options, config in (
+        (plan["options"], plan["config"]),
+        (identity, identity["config"]),
+    ):
+        del options["adversarial_from"], config["prior_share"]
+    (folder / "run.json").write_text(json.dumps(plan))
+    progress = dict(state.metadata["progress"])
+    del progress["format"]
+    tensors = {name: np.array(value) for name, value in state.tensors.items()}
+    write_state(folder / STATE, tensors, Progress(**progress), identity)
+    again = words(folder, "--resume", epochs=2)
+    assert main([*again, "--adversarial-from", "4", "--prior-share", "0.5"]) == 1
+    told = capsys.readouterr().err
+    assert "(adversarial_from: saved 0, given 4; config.prior_share: saved 0.0" in told
+    assert main(again) == 0
+
+
 def test_missing_pretrained_file_says_what_is_expected(folder, capsys):
     assert main(words(folder, "-pg", "nowhere.pth", epochs=1)) == 1
     told = capsys.readouterr().err

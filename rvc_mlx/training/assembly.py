@@ -110,7 +110,7 @@ def _run(
     )
     identity = plan.identity(world, hash_data(folder, entries))
     if arguments.resume:
-        trainer.resume(identity)
+        trainer.resume(identity, plan.defaults())
     if rank != 0:
         return trainer.run(identity, None)
     if arguments.force:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rvc_mlx.checkpoint import read_checkpoint
+from rvc_mlx.models.voice_config import SynthesizerConfig
 from rvc_mlx.training import filelist
 from rvc_mlx.training.files import read_json, write_json
 from rvc_mlx.training.presets import TrainingConfig, preset
@@ -74,6 +75,17 @@ class Plan:
             "processes": world,
             "data": data,
         }
+
+    @staticmethod
+    def defaults() -> dict[str, Any]:
+        """``identity`` of a run from before there were the options, as far as they go."""
+        config = {**_defaults(TrainingConfig), "model": _defaults(SynthesizerConfig)}
+        return {"config": config, **_defaults(RunOptions)}
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    """Defaults of a dataclass, by field; those of later options change nothing."""
+    return {f.name: f.default for f in fields(kind) if f.default is not MISSING}
 
 
 _PLANNED = ("name", "author", "embedder", "hold_out", "validation_clips")

@@ -164,13 +164,17 @@ def write_tensors(
 
 
 def read_state(
-    path: str | os.PathLike, identity: Mapping[str, Any]
+    path: str | os.PathLike,
+    identity: Mapping[str, Any],
+    defaults: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, np.ndarray], Progress]:
     """Load a run to continue it.
 
     Args:
         path: what ``write_state`` wrote.
         identity: of the run that is to continue.
+        defaults: in the form of ``identity``; what a state is taken to have been made
+            with that does not tell, being older than the option.
 
     Returns:
         Tensors (views of the file) and where the run stands.
@@ -189,10 +193,11 @@ def read_state(
         or set(record) != {field.name for field in fields(Progress)}
     ):
         raise ValueError(f"{path}: this is no saved run of rvc-mlx train")
-    saved, given = (
+    saved, given, absent = (
         dict(_leaves(json.loads(json.dumps(dict(settings)))))
-        for settings in (stored, identity)
+        for settings in (stored, identity, defaults or {})
     )
+    saved = {name: absent[name] for name in given if name in absent} | saved
     other = [
         f"{name}: saved {json.dumps(saved.get(name))}, "
         f"given {json.dumps(given.get(name))}"

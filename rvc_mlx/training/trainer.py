@@ -81,11 +81,14 @@ class Trainer:
         self._skipped = 0
         self._interrupted = threading.Event()
 
-    def resume(self, identity: Mapping[str, Any]) -> None:
+    def resume(
+        self, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    ) -> None:
         """Continue from the saved state; without one, start at the beginning.
 
         Args:
             identity: settings that a continued run must share, see ``write_state``.
+            defaults: of those that the state may lack, see ``read_state``.
 
         Raises:
             ValueError: the state is of a run with other settings.
@@ -95,7 +98,7 @@ class Trainer:
         if not self._path.exists():
             _LOG.info("nothing was saved yet; starting at the beginning")
             return
-        tensors, self.progress = read_state(self._path, identity)
+        tensors, self.progress = read_state(self._path, identity, defaults)
         self._step.state = {name: mx.array(value) for name, value in tensors.items()}
         done = self.progress
         _LOG.info("continuing after %d epochs and %d steps", done.epoch, done.step)
