@@ -23,7 +23,14 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from rvc_mlx.training import compiling
-from rvc_mlx.training.distributed import Group, agree, mean_gradients, rank_of
+from rvc_mlx.training.distributed import (
+    Group,
+    agree,
+    gather,
+    mean_gradients,
+    rank_of,
+    share_start,
+)
 from rvc_mlx.training.parametrization import Packing
 
 HostBatch = dict[str, np.ndarray]
@@ -98,8 +105,8 @@ class Launched:
 class Training:
     """A network in training, alone or with the other processes of a group.
 
-    All processes start from the same weights; each step takes the mean of their
-    gradients and running statistics, and the clock of the first.
+    All processes start from the first one's weights, see ``join``; each step takes the
+    mean of their gradients and running statistics, and the clock of the first.
 
     Attributes:
         network: its structure; the arrays that count are in ``weights``.
@@ -121,7 +128,8 @@ class Training:
         group: Group | None = None,
     ):
         network.train()
-        self._group, self.rank = group, rank_of(group)[0]
+        self._group = group
+        self.rank, self._world = rank_of(group)
         self.network = network
         self.schedule = schedule
         trainable = dict(tree_flatten(network.trainable_parameters()))
@@ -190,6 +198,35 @@ class Training:
         self._started = True
         return values
 
+    def join(self) -> None:
+        """Start from where the first process stands.
+
+        Raises:
+            ValueError: the processes stand at different steps.
+        """
+        steps = gather(self.step, self._group)
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"the processes stand at steps {steps}; expected the same step: give all "
+                "of them the same state, or none"
+            )
+        shared = share_start(self._arrays(), self._group)
+        self.weights, self.buffers, self.moments = (
+            _tree([(name, shared[f"{kind}.{name}"]) for name, _ in tree_flatten(tree)])
+            for kind, tree in self._trees().items()
+        )
+
+    def _trees(self) -> dict[str, Any]:
+        return {"w": self.weights, "b": self.buffers, "m": self.moments}
+
+    def _arrays(self) -> dict[str, mx.array]:
+        """The whole state, flat."""
+        return {
+            f"{kind}.{name}": value
+            for kind, tree in self._trees().items()
+            for name, value in tree_flatten(tree)
+        }
+
     def goes_on(self, late: bool = False) -> bool:
         """Whether there is another step; the first process decides, for all.
 
@@ -218,34 +255,30 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write everything, atomically."""
-        trees = {"w": self.weights, "b": self.buffers, "m": self.moments}
-        arrays = {
-            f"{kind}.{name}": value
-            for kind, tree in trees.items()
-            for name, value in tree_flatten(tree)
-        }
-        told = json.dumps(
-            {"step": self.step, "seconds": self.seconds, "shapes": self._shapes}
-        )
+        told = {"step": self.step, "seconds": self.seconds, "shapes": self._shapes}
+        metadata = {"training": json.dumps({**told, "processes": self._world})}
         partial = path.with_name(f".{path.stem}.partial.safetensors")
         path.parent.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(partial), arrays, {"training": told})
+        mx.save_safetensors(str(partial), self._arrays(), metadata)
         os.replace(partial, path)
 
     def load(self, path: Path) -> None:
         """Continue from what ``save`` wrote.
 
         Raises:
-            ValueError: it belongs to another network.
+            ValueError: it belongs to another network, or to another number of processes.
         """
         arrays, metadata = mx.load(str(path), return_metadata=True)
         told = json.loads(metadata["training"])
+        processes = told.get("processes", 1)  # early states were one process's
+        if processes != self._world:
+            # Each of N processes makes every N-th batch: others would follow.
+            raise ValueError(
+                f"{path}: the processes that made it were {processes}, not {self._world}; "
+                "continue with as many, or give another folder"
+            )
         trees: dict[str, Any] = {}
-        for kind, present in (
-            ("w", self.weights),
-            ("b", self.buffers),
-            ("m", self.moments),
-        ):
+        for kind, present in self._trees().items():
             found = {
                 name[2:]: value
                 for name, value in arrays.items()

@@ -72,7 +72,8 @@ class Watch:
 def run(training: Training, batches: Iterator[Batch], watch: Watch) -> list[dict]:
     """Train until the schedule or this call's time is over, then save.
 
-    Of several processes that train together, the first logs and saves.
+    Of several processes that train together, the first logs and saves; all start from
+    its weights.
 
     Args:
         training: where it stands.
@@ -81,7 +82,11 @@ def run(training: Training, batches: Iterator[Batch], watch: Watch) -> list[dict
 
     Returns:
         Mean losses of every ``log_every`` steps.
+
+    Raises:
+        ValueError: the processes stand at different steps.
     """
+    training.join()
     began = saved = time.monotonic()
     history: list[dict] = []
     sums: dict[str, float] = {}

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -73,6 +74,7 @@ from rvc_mlx.models.layers import load_strictly
 from rvc_mlx.models.rmvpe import GRU, RMVPE, RMVPEConfig
 from rvc_mlx.pitch import decode_salience
 from rvc_mlx.spectral import log_mel as host_log_mel
+from rvc_mlx.training.distributed import rank_of
 
 RATE = 16000
 TINY_CONTENT = ContentVecConfig(
@@ -409,7 +411,9 @@ def test_the_gradient_of_the_speaker_is_reversed():
     np.testing.assert_allclose(backward, -0.5 * forward, rtol=1e-4, atol=1e-7)
 
 
-def content_training(seed: int = 0, steps: int = 40) -> tuple[Training, ContentBatches]:
+def content_training(
+    seed: int = 0, steps: int = 40, group=None
+) -> tuple[Training, ContentBatches]:
     batches = ContentBatches([two_tones("a"), two_tones("b")], 1, 25, seed=0)
     mx.random.seed(seed)
     training = Training(
@@ -417,6 +421,7 @@ def content_training(seed: int = 0, steps: int = 40) -> tuple[Training, ContentB
         content_loss(ContentWeights()),
         Schedule(5e-3, steps),
         compiled="no",
+        group=group,
     )
     return training, batches
 
@@ -454,7 +459,12 @@ from test_recipes import joint_training
 from rvc_mlx.training.distributed import connect
 group = connect()
 assert group.size() == 2
-joint_training(Path(sys.argv[1]), group)
+training = joint_training(Path(sys.argv[1]), group)
+training.step += group.rank()
+try:
+    training.join()
+except ValueError as error:
+    (Path(sys.argv[1]) / f"{group.rank()}.txt").write_text(str(error))
 """
 
 
@@ -485,7 +495,7 @@ def joint_training(folder, group=None):
         errors = [mx.square(network(x) - 1).mean() for x in parts]
         return {"total": sum(errors) / len(errors)}
 
-    mx.random.seed(0)
+    mx.random.seed(rank_of(group)[0])  # the first one's weights count
     training = Training(Mean(), loss, Schedule(1e-2, 3), compiled="no", group=group)
     made = (on_device(batch) for batch in prefetch(numbers, 0, group))
     if group is None:
@@ -504,12 +514,31 @@ def test_two_processes_train_as_one_does_on_both_batches(tmp_path):
     assert not (tmp_path / "1.safetensors").exists()  # one of them writes
     found = mx.load(str(tmp_path / "0.safetensors"))
     (tmp_path / "joint").mkdir()
-    joint_training(tmp_path / "joint")
+    joint = joint_training(tmp_path / "joint")
     wanted = mx.load(str(tmp_path / "joint" / "0.safetensors"))
     weights = [name for name in wanted if name.startswith("w.")]
     assert weights
     for name in weights:
         assert mx.allclose(found[name], wanted[name], atol=1e-5), name
+    for rank in range(2):
+        assert "stand at steps [3, 4]" in (tmp_path / f"{rank}.txt").read_text()
+    with pytest.raises(ValueError, match="made it were 2, not 1; continue with"):
+        joint.load(tmp_path / "0.safetensors")
+
+
+def test_a_state_that_tells_no_number_of_processes_is_of_one(tmp_path):
+    training, _ = content_training()
+    path = tmp_path / "a.safetensors"
+    training.save(path)
+    arrays, metadata = mx.load(str(path), return_metadata=True)
+    told = json.loads(metadata["training"])
+    assert told.pop("processes") == 1
+    mx.save_safetensors(str(path), arrays, {"training": json.dumps(told)})
+    training.load(path)
+    two = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    training, _ = content_training(group=two)
+    with pytest.raises(ValueError, match="made it were 1, not 2; continue with"):
+        training.load(path)
 
 
 def test_the_first_process_tells_when_to_stop(monkeypatch):

@@ -116,6 +116,14 @@ def agree(values: list[float], group: Group | None) -> list[float]:
     return np.array(shared).tolist()
 
 
+def gather(value: int, group: Group | None) -> list[int]:
+    """What every rank has, in their order; also waits for all of them."""
+    if group is None:
+        return [value]
+    values = mx.distributed.all_gather(mx.array([value], mx.int32), group=group)
+    return np.array(values).tolist()
+
+
 def share_start(
     arrays: Mapping[str, mx.array], group: Group | None
 ) -> dict[str, mx.array]:
