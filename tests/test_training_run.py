@@ -1102,17 +1102,18 @@ from rvc_mlx.training.distributed import connect
 mx.set_default_device(getattr(mx, sys.argv[3]))
 group = connect()
 assert group.size() == 2
-state = one_step(sys.argv[1], 2, group)
+state = one_step(sys.argv[1], 2, group, float(sys.argv[4]))
 np.savez(f"{sys.argv[2]}/{group.rank()}.npz", **state)
 """
 
 
-def one_step(folder, batch_size, group=None):
+def one_step(folder, batch_size, group=None, prior_share=0.0):
     """State after a step without learning rate; moments are then the gradients."""
     from rvc_mlx.training.step import AdamW
 
     # cuBLAS wants rows of 16 bytes, which every public voice has.
     config = WIDE if mx.default_device() == mx.Device(mx.gpu) else CONFIG
+    config = dataclasses.replace(config, prior_share=prior_share)
     rank, world = (group.rank(), group.size()) if group else (0, 1)
     batches = TrainingSet(folder, config, batch_size, 0).batches(0, 0, rank, world)
     batch = next(iter(batches))
@@ -1131,11 +1132,12 @@ TWO_GPUS = mx.cuda.is_available() and mx.device_count(mx.gpu) > 1
 
 
 @pytest.mark.parametrize(
-    ("kind", "backend", "error"),
+    ("kind", "backend", "error", "prior_share"),
     [
-        ("cpu", "ring", 3e-5),
+        ("cpu", "ring", 3e-5, 0.0),
+        ("cpu", "ring", 3e-5, 0.25),  # one item of the first process
         pytest.param(
-            *("gpu", "nccl", 5e-3),  # TF32
+            *("gpu", "nccl", 5e-3, 0.0),  # TF32
             marks=[
                 pytest.mark.gpu,
                 pytest.mark.skipif(not TWO_GPUS, reason="needs two NVIDIA GPUs"),
@@ -1144,16 +1146,16 @@ TWO_GPUS = mx.cuda.is_available() and mx.device_count(mx.gpu) > 1
     ],
 )
 def test_two_processes_have_the_gradients_of_the_joint_batch(
-    data, tmp_path, kind, backend, error
+    data, tmp_path, kind, backend, error, prior_share
 ):
     """Clips differ in length, so means over frames differ between the ranks."""
     script = tmp_path / "rank.py"
     script.write_text(PATHS + RANK)
-    done = launch(script, data, tmp_path, kind, backend=backend)
+    done = launch(script, data, tmp_path, kind, prior_share, backend=backend)
     assert done.returncode == 0, done.stderr
     device = mx.default_device()
     mx.set_default_device(getattr(mx, kind))
-    joint = one_step(data, 4)
+    joint = one_step(data, 4, prior_share=prior_share)
     mx.set_default_device(device)
     results = [tmp_path / f"{rank}.npz" for rank in range(2)]
     assert all(path.exists() for path in results), done.stdout + done.stderr
