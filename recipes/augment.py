@@ -14,7 +14,9 @@ import numpy as np
 from recipes.draws import CHORD, CURVES, NOTE, RATE_STEPS
 from recipes.optimisation import fused
 from rvc_mlx.audio import SAMPLE_RATE
+from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.spectral import HOP_LENGTH, LOG_FLOOR, N_FFT, hann_window, mel_filters
+from rvc_mlx.training.fused import on_cuda
 
 MAX_RATE = 1.45  # fastest resampling
 
@@ -70,6 +72,32 @@ def resample_level(source: mx.array) -> mx.array:
     return mx.sqrt(mx.square(source).mean(axis=1))
 
 
+_BLOCK = 256  # threads
+_RESAMPLE = CudaKernel(
+    "resample",
+    ("source", "rate"),
+    ("out",),
+    r"""
+const int n = blockIdx.x * blockDim.x + threadIdx.x, clip = blockIdx.y;
+if (n >= L) return;
+const int steps = __float2int_rn(rate[clip] * RATE_STEPS) * n;
+const float part = steps % RATE_STEPS / (float)RATE_STEPS;
+const float cutoff = fminf(1.f, 1.f / rate[clip]);
+const float* heard = source + (size_t)clip * width + FIRST + steps / RATE_STEPS;
+float sum = 0.f;
+for (int tap = 1 - TAPS; tap <= TAPS; tap++) {
+    const float distance = part - tap, turn = cutoff * distance;
+    const float sinc =
+        fabsf(turn) < 1e-5f ? 1.f : sinpif(turn) / (3.14159265f * turn);
+    const float window = 0.5f + 0.5f * cospif(distance / TAPS);
+    if (fabsf(distance) < TAPS) sum += cutoff * sinc * window * heard[tap];
+}
+out[(size_t)clip * L + n] = sum;
+""",
+    (("L", "int"), ("width", "int")),
+)
+
+
 def resample(source: mx.array, rate: mx.array, L: int) -> mx.array:
     """Read each clip ``rate`` times as fast, by a windowed sinc.
 
@@ -78,6 +106,16 @@ def resample(source: mx.array, rate: mx.array, L: int) -> mx.array:
         rate: ``[B]`` multiples of ``1 / RATE_STEPS``.
         L: samples of output, at most 360,000 (whole numbers of 32 bits).
     """
+    if on_cuda():
+        B = len(source)
+        (out,) = _RESAMPLE(
+            [source, rate],
+            [((B, L), mx.float32)],
+            Grid(-(-L // _BLOCK), _BLOCK, B),
+            scalars=[L, source.shape[1]],
+            constants={"TAPS": _TAPS, "FIRST": FIRST_SAMPLE, "RATE_STEPS": RATE_STEPS},
+        )
+        return out
     # Whole numbers: float32 positions would be off by up to 1/256 after 4 s.
     steps = mx.round(rate * RATE_STEPS).astype(mx.int32)[:, None] * mx.arange(L)
     index = FIRST_SAMPLE + steps // RATE_STEPS  # [B, L]

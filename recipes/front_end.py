@@ -5,45 +5,23 @@ identities spare most of it:
 
 * The norm behind the first layer lies in its weights, of every clip its own, and its
   input is never written (``rvc_mlx.fused_encoder``).
-* GELU's slope needs only its input; in a fused step it is one kernel.
+* GELU's slope needs only its input; on CUDA it is one kernel.
 """
 
 from __future__ import annotations
 
-from math import pi, sqrt
-
 import mlx.core as mx
 import mlx.nn as nn
 
-from recipes.optimisation import fused
 from rvc_mlx.fused_encoder import normed_convolution
 from rvc_mlx.models.contentvec import ContentVec, ConvLayer
+from rvc_mlx.training.fused import gelu
 
 
 def quicken(encoder: ContentVec) -> None:
     """Let an encoder's front end compute this way; names and weights stay."""
     front = encoder.feature_extractor
     front.conv_layers = [_Layer(layer) for layer in front.conv_layers]
-
-
-@fused
-def _gelu_slope(x: mx.array) -> mx.array:
-    exact = x.astype(mx.float32)
-    below = 0.5 + 0.5 * mx.erf(exact / sqrt(2))
-    density = mx.exp(-0.5 * exact * exact) / sqrt(2 * pi)
-    return (below + exact * density).astype(x.dtype)
-
-
-@mx.custom_function
-def gelu(x: mx.array) -> mx.array:
-    """``nn.gelu`` with a slope of its own."""
-    return nn.gelu(x)
-
-
-@gelu.vjp
-def _gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    del output
-    return cotangent * _gelu_slope(x)
 
 
 class _Layer(nn.Module):

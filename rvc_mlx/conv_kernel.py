@@ -1,7 +1,7 @@
 """The convolutions of the vocoder's residual blocks as one CUDA kernel each.
 
 One launch computes ``(conv(leaky_relu(x)) + bias + residual + accumulate) * scale``, on
-tensor cores: TF32 for float32 arrays, bfloat16 and float16 as they are. A block of
+tensor cores: bfloat16 and float16 as they are, float32 arrays as TF32 or as float16. A block of
 threads keeps its input rows, activated, in shared memory. They serve every tap, shifted
 by the dilation, while the weights stream through a ring of stages beside them::
 
@@ -14,21 +14,16 @@ by the dilation, while the weights stream through a ring of stages beside them::
 same bytes in the same lanes as one of m16n8k16 (16 bits), so only the product itself
 depends on the type. Rows are padded by 16 bytes: 8 rows then touch all 32 banks.
 
-MLX keeps compiled kernels by name, so the name holds a digest of the source. It asks CUDA
-for more than 48 KB of shared memory where ``shared_memory`` says so, once per name.
-
 Half of this long file is the CUDA source, which is one piece with the sizes around it.
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
+
+from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
 
 MAX_SHARED_MEMORY = 227 * 1024  # bytes, of one block on an H100 or H200
 CHANNELS = (16, 32, 64, 128, 256)
@@ -37,9 +32,6 @@ DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 _USUAL_HALO = 50  # positions: 11 taps, 5 apart
 
 _HEADER = r"""
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 namespace fused_conv {
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
@@ -80,35 +72,62 @@ __device__ __forceinline__ void mma(
     FUSED_CONV_MMA("m16n8k8", "tf32");
 }
 __device__ __forceinline__ void mma(
-    __nv_bfloat16, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    bfloat16, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     FUSED_CONV_MMA("m16n8k16", "bf16");
 }
 __device__ __forceinline__ void mma(
-    __half, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    float16, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     FUSED_CONV_MMA("m16n8k16", "f16");
 }
 
-// Words of shared memory with the activation applied and, for float32, rounded to TF32.
-__device__ __forceinline__ unsigned activate(float, unsigned word, float slope) {
-    float v = __uint_as_float(word);
-    v = fmaxf(v, v * slope);
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(v));
+// A piece of 16 bytes of input goes to shared memory with the activation applied, in the
+// type of the products: float32 as TF32, or as float16, which has the same bits of
+// fraction, at half the size.
+__device__ __forceinline__ unsigned pair(bfloat16, float low, float high) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
 }
-__device__ __forceinline__ unsigned activate(
-    __nv_bfloat16, unsigned word, float slope) {
-    __nv_bfloat162 pair;
-    *(unsigned*)&pair = word;
-    const float2 v = __bfloat1622float2(pair);
-    pair = __floats2bfloat162_rn(fmaxf(v.x, v.x * slope), fmaxf(v.y, v.y * slope));
-    return *(unsigned*)&pair;
+__device__ __forceinline__ unsigned pair(float16, float low, float high) {
+    unsigned word;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
 }
-__device__ __forceinline__ unsigned activate(__half, unsigned word, float slope) {
-    __half2 pair;
-    *(unsigned*)&pair = word;
-    const float2 v = __half22float2(pair);
-    pair = __floats2half2_rn(fmaxf(v.x, v.x * slope), fmaxf(v.y, v.y * slope));
-    return *(unsigned*)&pair;
+__device__ __forceinline__ float rectified(unsigned word, float slope) {
+    const float v = __uint_as_float(word);
+    return fmaxf(v, v * slope);
+}
+__device__ __forceinline__ float in_range(float v) {
+    return fminf(fmaxf(v, -65504.f), 65504.f);  // an infinity would spread
+}
+
+__device__ __forceinline__ unsigned activate(float, unsigned word, float slope) {
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(word) : "f"(rectified(word, slope)));
+    return word;
+}
+__device__ __forceinline__ unsigned activate(bfloat16, unsigned word, float slope) {
+    return pair(bfloat16(), rectified(word << 16, slope),
+                rectified(word & 0xffff0000u, slope));
+}
+__device__ __forceinline__ unsigned activate(float16, unsigned word, float slope) {
+    float low, high;
+    asm("{\n.reg .b16 l, h;\nmov.b32 {l, h}, %2;\n"
+        "cvt.f32.f16 %0, l;\ncvt.f32.f16 %1, h;\n}"
+        : "=f"(low), "=f"(high) : "r"(word));
+    return pair(float16(), fmaxf(low, low * slope), fmaxf(high, high * slope));
+}
+
+template <class T>
+__device__ __forceinline__ void keep(T, T, unsigned char* to, uint4 v, float slope) {
+    *(uint4*)to = make_uint4(activate(T(), v.x, slope), activate(T(), v.y, slope),
+                             activate(T(), v.z, slope), activate(T(), v.w, slope));
+}
+__device__ __forceinline__ void keep(
+    float, float16, unsigned char* to, uint4 v, float slope) {
+    *(uint2*)to = make_uint2(pair(float16(), in_range(rectified(v.x, slope)),
+                                  in_range(rectified(v.y, slope))),
+                             pair(float16(), in_range(rectified(v.z, slope)),
+                                  in_range(rectified(v.w, slope))));
 }
 
 }  // namespace fused_conv
@@ -117,16 +136,14 @@ __device__ __forceinline__ unsigned activate(__half, unsigned word, float slope)
 _SOURCE = r"""
 using namespace fused_conv;
 constexpr int M = WARPS_M * MT * 16, N = WARPS_N * NT * 8;
-constexpr int THREADS = 32 * WARPS_M * WARPS_N, BYTES = sizeof(T);
-constexpr int X_STRIDE = CHUNK * BYTES + 16, X_PIECES = CHUNK * BYTES / 16;
+constexpr int THREADS = 32 * WARPS_M * WARPS_N, BYTES = sizeof(P);
+constexpr int X_STRIDE = CHUNK * BYTES + 16, X_PIECES = CHUNK * sizeof(T) / 16;
+constexpr int KEPT = 16 * sizeof(P) / sizeof(T);  // bytes that a piece of input becomes
 constexpr int W_STRIDE = DEPTH * BYTES + 16, W_PIECES = DEPTH * BYTES / 16;
 
 extern __shared__ __align__(16) unsigned char shared[];
 
 const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-const int L = x_shape[1], taps = weight_shape[0], dilation = settings[0];
-const bool has_residual = settings[1], has_accumulate = settings[2];
-const float slope = __int_as_float(settings[3]), scale = __int_as_float(settings[4]);
 const int pad = (taps - 1) / 2 * dilation, rows = M + 2 * pad;
 const int first_column = blockIdx.x % (CHANNELS / N) * N;
 const int first_row = blockIdx.x / (CHANNELS / N) * M;
@@ -139,7 +156,7 @@ const unsigned w_shared = x_shared + rows * X_STRIDE;
 int next_chunk = 0, next_tap = 0, next_depth = 0, next_stage = 0;
 auto fetch = [&]() {
     if (next_chunk < CHANNELS) {
-        const T* source = weight + (next_tap * CHANNELS + first_column) * CHANNELS +
+        const P* source = weight + (next_tap * CHANNELS + first_column) * CHANNELS +
                           next_chunk + next_depth;
         const unsigned target = w_shared + next_stage * (N * W_STRIDE);
         #pragma unroll
@@ -172,15 +189,13 @@ auto load_chunk = [&](int chunk) {
             v[u] = make_uint4(0, 0, 0, 0);
             if (row < rows && position >= 0 && position < L)
                 v[u] = load(x + (batch_row + position) * CHANNELS + chunk +
-                            i % X_PIECES * (16 / BYTES));
+                            i % X_PIECES * (16 / (int)sizeof(T)));
         }
         #pragma unroll
         for (int u = 0; u < BATCH; u++) {
             const int i = start + u * THREADS, row = i / X_PIECES;
             if (row < rows)
-                *(uint4*)(shared + row * X_STRIDE + i % X_PIECES * 16) = make_uint4(
-                    activate(T(), v[u].x, slope), activate(T(), v[u].y, slope),
-                    activate(T(), v[u].z, slope), activate(T(), v[u].w, slope));
+                keep(T(), P(), shared + row * X_STRIDE + i % X_PIECES * KEPT, v[u], slope);
         }
     }
 };
@@ -224,14 +239,14 @@ for (int chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
             for (int m = 0; m < MT; m++)
                 #pragma unroll
                 for (int n = 0; n < NT; n++)
-                    mma(T(), sum[m][n], A[m], B[n / 2][n % 2 * 2], B[n / 2][n % 2 * 2 + 1]);
+                    mma(P(), sum[m][n], A[m], B[n / 2][n % 2 * 2], B[n / 2][n % 2 * 2 + 1]);
         }
     }
 }
 
 // The packed weights are ordered so that a lane holds VECTOR neighbouring channels.
 constexpr int VECTOR = GROUP * 2;
-struct alignas(VECTOR * BYTES) Vector { T v[VECTOR]; };
+struct alignas(VECTOR * sizeof(T)) Vector { T v[VECTOR]; };
 #pragma unroll
 for (int q = 0; q < NT / GROUP; q++) {
     const int column = first_column + warp_column + q * (GROUP * 8) + lane % 4 * VECTOR;
@@ -257,6 +272,19 @@ for (int q = 0; q < NT / GROUP; q++) {
     }
 }
 """
+
+_KERNEL = CudaKernel(
+    "fused_conv",
+    ("x", "weight", "bias", "residual", "accumulate"),
+    ("y",),
+    _SOURCE,
+    (
+        *(("L", "int"), ("taps", "int"), ("dilation", "int")),
+        *(("has_residual", "int"), ("has_accumulate", "int")),
+        *(("slope", "float"), ("scale", "float")),
+    ),
+    _HEADER,
+)
 
 
 @dataclass(frozen=True)
@@ -356,13 +384,25 @@ def candidate_tiles(channels: int, dtype: mx.Dtype) -> list[Tile]:
 
 
 def pack_weight(
-    weight: mx.array, dtype: mx.Dtype, tile: Tile | None = None
+    weight: mx.array,
+    dtype: mx.Dtype,
+    tile: Tile | None = None,
+    products: mx.Dtype | None = None,
 ) -> PackedWeight:
     """Weights ``[C, k, C]`` of a convolution in the order of the kernel.
 
     Output channels are permuted within groups so that each lane of a warp ends up with
-    16 bytes of neighbours; float32 weights are rounded to TF32.
+    16 bytes of neighbours.
+
+    Args:
+        weight: of the convolution.
+        dtype: of the arrays that it will meet.
+        tile: the default one if None.
+        products: the type in which they are multiplied, by default ``dtype``. float32
+            means TF32; float16 instead is as exact for numbers between 6e-5 and 65504
+            (beyond, it is off by 3e-8, or cut), and about twice as fast.
     """
+    products = products or dtype
     C, k, C_in = weight.shape
     if C_in != C or C not in CHANNELS or k % 2 == 0:
         raise ValueError(
@@ -372,10 +412,11 @@ def pack_weight(
     group = _group(C, dtype)
     w = weight.reshape(C // (8 * group), 4, group, 2, k, C)
     w = w.transpose(4, 0, 2, 1, 3, 5).reshape(k, C, C)
-    if dtype == mx.float32:
+    if products == mx.float32:
         bits = w.astype(mx.float32).view(mx.uint32)
         w = ((bits + 0x1000) & 0xFFFFE000).view(mx.float32)
-    return PackedWeight(mx.contiguous(w.astype(dtype)), tile or default_tile(C, dtype))
+    w = mx.contiguous(w.astype(products))
+    return PackedWeight(w, tile or default_tile(C, products))
 
 
 def fused_conv(
@@ -421,20 +462,18 @@ def fused_conv(
         )
     added = residual is not None, accumulate is not None
     blocks = -(-L // tile.positions) * (C // tile.columns)
-    (y,) = _kernel(memory)(
-        inputs=[
+    (y,) = _KERNEL(
+        [
             x,
             weight.array,
             bias.astype(mx.float32),
             x if residual is None else residual,
             x if accumulate is None else accumulate,
-            _settings(dilation, *added, slope, scale),
         ],
-        template=_constants(x.dtype, C, tile, memory),
-        grid=(blocks * tile.threads, B, 1),
-        threadgroup=(tile.threads, 1, 1),
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
+        [(x.shape, x.dtype)],
+        Grid(blocks, tile.threads, B, memory),
+        scalars=[L, taps, dilation, *added, slope, scale],
+        constants=_constants(x.dtype, weight.array.dtype, C, tile),
     )
     return y
 
@@ -445,50 +484,23 @@ def _group(channels: int, dtype: mx.Dtype) -> int:
 
 
 def _constants(
-    dtype: mx.Dtype, channels: int, tile: Tile, shared_memory: int
-) -> list[tuple[str, Any]]:
-    """What the kernel is compiled for.
-
-    Few things, since each set takes NVRTC a second or more and MLX keeps none on disk.
-    The shared memory is not read, but MLX sets it once per kernel name.
-    """
-    return [
-        ("T", dtype),
-        ("CHANNELS", channels),
-        ("WARPS_M", tile.warps_m),
-        ("WARPS_N", tile.warps_n),
-        ("MT", tile.mt),
-        ("NT", tile.nt),
-        ("CHUNK", tile.chunk // dtype.size),
-        ("DEPTH", tile.depth // dtype.size),
-        ("STAGES", tile.stages),
-        ("BATCH", tile.batch),
-        ("GROUP", _group(channels, dtype)),
-        ("SHARED_MEMORY", shared_memory),
-    ]
-
-
-@cache
-def _kernel(shared_memory: int) -> Any:
-    """The kernel that MLX compiles for each set of constants."""
-    digest = hashlib.sha256((_HEADER + _SOURCE).encode()).hexdigest()[:12]
-    return mx.fast.cuda_kernel(
-        name=f"fused_conv_{digest}",
-        input_names=["x", "weight", "bias", "residual", "accumulate", "settings"],
-        output_names=["y"],
-        source=_SOURCE,
-        header=_HEADER,
-        shared_memory=shared_memory,
-    )
-
-
-@cache
-def _settings(
-    dilation: int, residual: bool, accumulate: bool, slope: float, scale: float
-) -> mx.array:
-    """What the kernel reads at run time; the last two are the bits of floats."""
-    bits = np.array([slope, scale], np.float32).view(np.int32)
-    return mx.array(np.array([dilation, residual, accumulate, *bits], np.int32))
+    dtype: mx.Dtype, products: mx.Dtype, channels: int, tile: Tile
+) -> dict[str, Constant]:
+    """What the kernel is compiled for; the rest is told at run time."""
+    return {
+        "T": dtype,
+        "P": products,
+        "CHANNELS": channels,
+        "WARPS_M": tile.warps_m,
+        "WARPS_N": tile.warps_n,
+        "MT": tile.mt,
+        "NT": tile.nt,
+        "CHUNK": tile.chunk // products.size,
+        "DEPTH": tile.depth // products.size,
+        "STAGES": tile.stages,
+        "BATCH": tile.batch,
+        "GROUP": _group(channels, dtype),
+    }
 
 
 def _check(
@@ -498,7 +510,10 @@ def _check(
     C, w = x.shape[-1], weight.array
     if x.ndim != 3 or 0 in x.shape or x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype} {x.shape}; want [B, L, C] of {DTYPES}")
-    if w.dtype != x.dtype or w.shape[1:] != (C, C) or bias.shape != (C,):
+    fits = w.dtype in (
+        (mx.float32, mx.float16) if x.dtype == mx.float32 else (x.dtype,)
+    )
+    if not fits or w.shape[1:] != (C, C) or bias.shape != (C,):
         raise ValueError(
             f"weight is {w.dtype} {w.shape} and bias {bias.shape} for x {x.dtype} {x.shape}"
         )

@@ -27,7 +27,9 @@ class _Convolution:
     @classmethod
     def of(cls, layer: nn.Conv1d) -> _Convolution:
         dtype = layer.weight.dtype
-        return cls(pack_weight(layer.weight, dtype), layer.bias, layer.dilation)
+        products = mx.float16 if dtype == mx.float32 else dtype
+        packed = pack_weight(layer.weight, dtype, products=products)
+        return cls(packed, layer.bias, layer.dilation)
 
     def __call__(
         self,

@@ -3,13 +3,18 @@
 Each step of a recurrence needs the whole state of the one before.
 
 CUDA: sixteen blocks per sequence stay on the GPU for all of it, eight per direction;
-each of their warps keeps the recurrent weights of four units in registers. The states
-travel through the output array itself: it starts as NaN, so a value that is a number is
-ready to be read::
+each of their warps keeps the recurrent weights of four units in registers::
 
     block 0 of a direction   units   0.. 31   h[t-1] --read 256--> dot --> h[t][ 0.. 31]
     ...
     block 7                  units 224..255   h[t-1] --read 256--> dot --> h[t][224..255]
+
+From Hopper on the eight are a cluster and write their states into each other's shared
+memory; a barrier there counts the bytes that have come. Two buffers suffice: h[t + 1] is
+only sent by a block that has all of h[t], and so when all have read h[t - 1].
+
+Older GPUs have no clusters. There the states travel through the output array: it starts
+as NaN, so a value that is a number is ready to be read.
 
 Metal does not promise that two threadgroups run at the same time, so none may wait for
 another: one threadgroup does a direction of a sequence, a thread per gate row, and the
@@ -33,6 +38,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.models.rmvpe import GRU
 
 log = logging.getLogger("rvc_mlx")
@@ -49,13 +55,13 @@ _THREADS = 256
 # Blocks wait for each other, so all of a launch should fit: an H200 has 132 processors.
 # GPUs in practice take blocks in order: on a smaller one the last sequences only queue.
 _SEQUENCES_AT_ONCE = 8
+_FIRST_WITH_CLUSTERS = 9  # major compute capability: Hopper
 
-_CUDA_SOURCE = r"""
+_POLLING_SOURCE = r"""
 const int sequence = blockIdx.x / 16, direction = blockIdx.x / 8 % 2;
 const int part = blockIdx.x % 8;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 const int first_unit = part * 32 + warp * 4;
-const int T = steps[0];
 const size_t start = (size_t)sequence * T;
 
 // Rows of the recurrent weights of gates r, z, n of four units; a lane has 8 columns.
@@ -123,10 +129,156 @@ for (int step = 0; step < T; step++) {
         n = tanhf(input[2] + r * (n + bias[2]));
         state = (1.f - z) * n + z * state;
         // NaN means "not ready": a broken input must not make the others wait for ever.
-        if (state != state) state = INFINITY;
+        if (state != state) state = __int_as_float(0x7f800000);
         out[(t * 2 + direction) * 256 + first_unit + lane] = state;
     }
 }
+"""
+
+_CLUSTER_HEADER = r"""
+namespace cluster {
+
+__device__ __forceinline__ unsigned address(const void* pointer) {
+    return (unsigned)__cvta_generic_to_shared(pointer);
+}
+
+// The same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ unsigned address_in(unsigned own, unsigned block) {
+    unsigned result;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(own), "r"(block));
+    return result;
+}
+
+__device__ __forceinline__ void synchronise() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n"
+                 "barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void make_barrier(unsigned barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void expect(unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void wait(unsigned barrier, unsigned parity) {
+    unsigned done;
+    do {
+        asm volatile(
+            "{\n.reg .pred p;\n"
+            "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done) : "r"(barrier), "r"(parity) : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void send(unsigned target, float value, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 "
+                 "[%0], %1, [%2];" :: "r"(target), "f"(value), "r"(barrier) : "memory");
+}
+
+}  // namespace cluster
+"""
+
+_CLUSTER_SOURCE = r"""
+using namespace cluster;
+const int sequence = blockIdx.x / 16, direction = blockIdx.x / 8 % 2;
+const int part = blockIdx.x % 8;
+const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+const int first_unit = part * 32 + warp * 4, unit = first_unit + lane / 8;
+const size_t start = (size_t)sequence * T;
+
+// States of the step before, of even and odd steps, and who tells that they are here.
+__shared__ __align__(16) float kept[2][256];
+__shared__ __align__(8) unsigned long long arrived[2];
+const unsigned barriers = address(arrived);
+if (threadIdx.x == 0)
+    for (int i = 0; i < 2; i++) {
+        make_barrier(barriers + i * 8);
+        expect(barriers + i * 8, sizeof(kept[0]));
+    }
+
+// Rows of the recurrent weights of gates r, z, n of four units; a lane has 8 columns,
+// 4 in each half.
+float weight[4][3][8];
+#pragma unroll
+for (int u = 0; u < 4; u++)
+    #pragma unroll
+    for (int gate = 0; gate < 3; gate++) {
+        const float* source = recurrent + lane * 4 +
+            ((size_t)direction * 768 + gate * 256 + first_unit + u) * 256;
+        #pragma unroll
+        for (int c = 0; c < 8; c++) weight[u][gate][c] = source[c / 4 * 128 + c % 4];
+    }
+// Eight lanes share a unit; each sends its state to another block.
+float bias[3], state = 0.f, ahead[4][3];
+for (int gate = 0; gate < 3; gate++)
+    bias[gate] = biases[direction * 768 + gate * 256 + unit];
+const unsigned target = address_in(address(&kept[0][unit]), lane % 8);
+const unsigned target_barriers = address_in(barriers, lane % 8);
+auto fetch = [&](int step, float (&input)[3]) {
+    const size_t t = start + (direction ? T - 1 - step : step);
+    if (step < T)
+        for (int gate = 0; gate < 3; gate++)
+            input[gate] = projected[(t * 2 + direction) * 768 + gate * 256 + unit];
+};
+#pragma unroll
+for (int i = 0; i < 4; i++) fetch(i, ahead[i]);
+synchronise();
+
+for (int first = 0; first < T; first += 4) {
+    #pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int step = first + i;
+        if (step >= T) break;
+        float own[3] = {0.f, 0.f, 0.f};
+        if (step > 0) {
+            const int from = (i + 1) % 2;  // step - 1
+            wait(barriers + from * 8, (step - 1) / 2 % 2);
+            if (threadIdx.x == 0) expect(barriers + from * 8, sizeof(kept[0]));
+            float h[8], sum[4][3], half[2][3];
+            *(float4*)&h[0] = *(const float4*)&kept[from][lane * 4];
+            *(float4*)&h[4] = *(const float4*)&kept[from][128 + lane * 4];
+            #pragma unroll
+            for (int u = 0; u < 4; u++)
+                #pragma unroll
+                for (int gate = 0; gate < 3; gate++) {
+                    sum[u][gate] = weight[u][gate][0] * h[0];
+                    #pragma unroll
+                    for (int c = 1; c < 8; c++) sum[u][gate] += weight[u][gate][c] * h[c];
+                }
+            // Each exchange halves the units that a lane has sums of.
+            const bool upper = lane & 16, odd = lane & 8;
+            #pragma unroll
+            for (int u = 0; u < 2; u++)
+                #pragma unroll
+                for (int gate = 0; gate < 3; gate++)
+                    half[u][gate] = (upper ? sum[u + 2][gate] : sum[u][gate]) +
+                        __shfl_xor_sync(~0u, upper ? sum[u][gate] : sum[u + 2][gate], 16);
+            #pragma unroll
+            for (int gate = 0; gate < 3; gate++)
+                own[gate] = (odd ? half[1][gate] : half[0][gate]) +
+                    __shfl_xor_sync(~0u, odd ? half[0][gate] : half[1][gate], 8);
+            #pragma unroll
+            for (int offset = 4; offset > 0; offset >>= 1)
+                #pragma unroll
+                for (int gate = 0; gate < 3; gate++)
+                    own[gate] += __shfl_xor_sync(~0u, own[gate], offset);
+        }
+        const float r = 1.f / (1.f + expf(-(ahead[i][0] + own[0] + bias[0])));
+        const float z = 1.f / (1.f + expf(-(ahead[i][1] + own[1] + bias[1])));
+        const float n = 1.f - 2.f / (1.f + expf(2.f * (ahead[i][2] + r * (own[2] + bias[2]))));
+        state = (1.f - z) * n + z * state;
+        if (step + 1 < T) send(target + i % 2 * sizeof(kept[0]), state, target_barriers + i % 2 * 8);
+        fetch(step + 4, ahead[i]);
+        if (lane % 8 == 0)
+            states[((start + (direction ? T - 1 - step : step)) * 2 + direction) * 256 + unit] = state;
+    }
+}
+synchronise();  // no block may end while others write into it
 """
 
 _METAL_SOURCE = r"""
@@ -165,6 +317,24 @@ for (uint step = 0; step < T; step++) {
 """
 
 
+_CLUSTER_KERNEL = CudaKernel(
+    "gru",
+    ("projected", "recurrent", "biases"),
+    ("states",),
+    _CLUSTER_SOURCE,
+    (("T", "int"),),
+    _CLUSTER_HEADER,
+    f"__cluster_dims__(8, 1, 1) __launch_bounds__({_THREADS}, 1)",
+)
+_POLLING_KERNEL = CudaKernel(
+    "polling_gru",
+    ("projected", "recurrent", "biases", "before"),
+    ("states",),
+    _POLLING_SOURCE,
+    (("T", "int"),),
+)
+
+
 def supports(gru: GRU) -> bool:
     """Whether a kernel fits this layer on this machine's GPU."""
     on_gpu = mx.cuda.is_available() or mx.metal.is_available()
@@ -174,32 +344,29 @@ def supports(gru: GRU) -> bool:
 def cuda_gru(gru: GRU) -> Step:
     """The layer as a function ``[B, T, C]`` to ``[B, T, 512]``, computed in float32.
 
-    The result equals ``torch.nn.GRU`` to rounding, in the type of the input; non-finite
-    inputs give infinities.
+    The result equals ``torch.nn.GRU`` to rounding, in the type of the input.
     """
     w_ih, w_hh, b_ih, b_hh = gru.stacked()
     project = _projection(w_ih, b_ih)
     recurrent, biases = mx.array(w_hh), mx.array(b_hh)
     mx.eval(recurrent, biases)
-    kernel: Any = mx.fast.cuda_kernel(
-        name="bidirectional_gru",
-        input_names=["projected", "recurrent", "biases", "steps", "before"],
-        output_names=["states"],
-        source=_CUDA_SOURCE,
-    )
+    major = mx.device_info(mx.gpu).get("compute_capability_major", 0)
+    clusters = int(major) >= _FIRST_WITH_CLUSTERS
 
     def scan(projected: mx.array, before: mx.array) -> mx.array:
         B, T, _ = projected.shape
-        (states,) = kernel(
-            inputs=[projected, recurrent, biases, mx.array([T], mx.int32), before],
-            grid=(B * _BLOCKS_PER_SEQUENCE * _THREADS, 1, 1),
-            threadgroup=(_THREADS, 1, 1),
-            output_shapes=[(B, T, 2 * HIDDEN_SIZE)],
-            output_dtypes=[mx.float32],
-            init_value=float("nan"),
+        inputs = [projected, recurrent, biases]
+        (states,) = (_CLUSTER_KERNEL if clusters else _POLLING_KERNEL)(
+            inputs if clusters else [*inputs, before],
+            [((B, T, 2 * HIDDEN_SIZE), mx.float32)],
+            Grid(B * _BLOCKS_PER_SEQUENCE, _THREADS),
+            scalars=[T],
+            init_value=None if clusters else float("nan"),
         )
         return states
 
+    if clusters:
+        return lambda x: scan(project(x), x).astype(x.dtype)
     return lambda x: _scan_in_groups(scan, project(x)).astype(x.dtype)
 
 

@@ -57,6 +57,20 @@ struct bfloat16 {
     }
 };
 
+struct float16 {
+    uint16_t bits;
+    float16() = default;
+    explicit float16(float v) {
+        const _Float16 half = (_Float16)v;
+        memcpy(&bits, &half, 2);
+    }
+    operator float() const {
+        _Float16 half;
+        memcpy(&half, &bits, 2);
+        return (float)half;
+    }
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[1 << 17]};
@@ -119,6 +133,11 @@ inline float element(float, const unsigned* r, int i) { return __int_as_float(r[
 inline float element(bfloat16, const unsigned* r, int i) {
     return __int_as_float(r[i / 2] >> i % 2 * 16 << 16);
 }
+inline float element(float16, const unsigned* r, int i) {
+    float16 half;
+    half.bits = r[i / 2] >> i % 2 * 16;
+    return half;
+}
 template <class T>
 void mma(T, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     memcpy(current->a, a, 16);
@@ -150,19 +169,34 @@ void mma(T, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     yield();
 }
 
+inline float rectified(unsigned word, float slope) {
+    const float v = __int_as_float(word);
+    return fmaxf(v, v * slope);
+}
+inline unsigned pair(bfloat16, float low, float high) {
+    return bfloat16(low).bits | (unsigned)bfloat16(high).bits << 16;
+}
+inline unsigned pair(float16, float low, float high) {
+    return float16(low).bits | (unsigned)float16(high).bits << 16;
+}
 inline unsigned activate(float, unsigned word, float slope) {
-    float v = __int_as_float(word);
-    v = fmaxf(v, v * slope);
+    const float v = rectified(word, slope);
     memcpy(&word, &v, 4);
     return (word + 0x1000) & ~0x1fffu;
 }
 inline unsigned activate(bfloat16, unsigned word, float slope) {
-    unsigned result = 0;
-    for (int i = 0; i < 2; i++) {
-        const float v = __int_as_float(word >> i * 16 << 16);
-        result |= (unsigned)bfloat16(fmaxf(v, v * slope)).bits << i * 16;
-    }
-    return result;
+    return pair(bfloat16(), rectified(word << 16, slope), rectified(word >> 16 << 16, slope));
+}
+template <class T> void keep(T, T, unsigned char* to, uint4 v, float slope) {
+    const unsigned words[4] = {activate(T(), v.x, slope), activate(T(), v.y, slope),
+                               activate(T(), v.z, slope), activate(T(), v.w, slope)};
+    memcpy(to, words, 16);
+}
+inline void keep(float, float16, unsigned char* to, uint4 v, float slope) {
+    const unsigned words[2] = {
+        pair(float16(), rectified(v.x, slope), rectified(v.y, slope)),
+        pair(float16(), rectified(v.z, slope), rectified(v.w, slope))};
+    memcpy(to, words, 8);
 }
 }  // namespace fused_conv
 
@@ -205,22 +239,23 @@ template <class V> std::vector<V> read_array(const char* path, size_t extra = 0)
 """
 
 _MAIN = r"""
-void kernel(const T* x, const int* x_shape, const T* weight, const int* weight_shape,
-            const float* bias, const T* residual, const T* accumulate,
-            const int* settings, T* y) {
+void kernel(const T* x, const P* weight, const float* bias, const T* residual,
+            const T* accumulate, T* y, int L, int taps, int dilation, int has_residual,
+            int has_accumulate, float slope, float scale) {
 %s
 }
 int main(int, char** arguments) {
     lazy = *arguments[1] == '1';
-    auto shape = read_array<int>("shape");  // B, L, C, k, blocks
-    auto x = read_array<T>("x"), weight = read_array<T>("weight");
+    auto shape = read_array<int>("shape");  // B, L, dilation, k, blocks
+    auto x = read_array<T>("x");
+    auto weight = read_array<P>("weight");
     auto residual = read_array<T>("residual"), accumulate = read_array<T>("accumulate");
     auto bias = read_array<float>("bias");
-    auto settings = read_array<int>("settings");
+    auto numbers = read_array<float>("numbers");  // slope, scale
     std::vector<T> y(x.size(), T(NAN));
     body = [&] {
-        kernel(x.data(), shape.data(), weight.data(), shape.data() + 3, bias.data(),
-               residual.data(), accumulate.data(), settings.data(), y.data());
+        kernel(x.data(), weight.data(), bias.data(), residual.data(), accumulate.data(),
+               y.data(), shape[1], shape[3], shape[2], true, true, numbers[0], numbers[1]);
     };
     for (unsigned b = 0; b < (unsigned)shape[0]; b++)
         for (unsigned i = 0; i < (unsigned)shape[4]; i++) {
@@ -232,6 +267,9 @@ int main(int, char** arguments) {
     fclose(file);
 }
 """
+
+
+_TYPES = {mx.float32: "float", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 
 
 def operands(B, L, C, k, dtype):
@@ -265,7 +303,7 @@ def bits(a):
     return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
 
 
-def on_processor(folder, arrays, *, dilation, slope, scale, tile):
+def on_processor(folder, arrays, *, dilation, slope, scale, tile, products):
     """Run the kernel's source, block after block, as ``_CUDA_ON_PROCESSOR`` has it.
 
     Twice: with asynchronous copies made at once, and as late as the kernel allows.
@@ -274,15 +312,16 @@ def on_processor(folder, arrays, *, dilation, slope, scale, tile):
     dtype, (B, L, C), k = x.dtype, x.shape, arrays["weight"].shape[1]
     memory = tile.shared_memory(k, dilation)
     blocks = -(-L // tile.positions) * (C // tile.columns)
-    packed = pack_weight(arrays["weight"], dtype, tile).array
-    settings = conv_kernel._settings(dilation, True, True, slope, scale)
-    for name, a in {**arrays, "weight": packed, "settings": settings}.items():
+    packed = pack_weight(arrays["weight"], dtype, tile, products).array
+    for name, a in {**arrays, "weight": packed}.items():
         bits(a).tofile(folder / name)
-    np.array([B, L, C, k, blocks], np.int32).tofile(folder / "shape")
-    constants = conv_kernel._constants(dtype, C, tile, memory)
-    kind = "float" if dtype == mx.float32 else "bfloat16"
-    lines = [_CUDA_ON_PROCESSOR, f"using T = {kind};"]
-    lines += [f"constexpr int {name} = {value};" for name, value in constants[1:]]
+    np.array([B, L, dilation, k, blocks], np.int32).tofile(folder / "shape")
+    np.array([slope, scale], np.float32).tofile(folder / "numbers")
+    constants = conv_kernel._constants(dtype, products, C, tile)
+    constants["SHARED_MEMORY"] = memory
+    lines = [_CUDA_ON_PROCESSOR]
+    lines += [f"using {name} = {_TYPES[constants.pop(name)]};" for name in "TP"]
+    lines += [f"constexpr int {name} = {value};" for name, value in constants.items()]
     source = conv_kernel._SOURCE.replace(
         "extern __shared__ __align__(16) unsigned char shared[];",
         "unsigned char* shared = memory_of_block;",
@@ -307,16 +346,25 @@ def on_processor(folder, arrays, *, dilation, slope, scale, tile):
         ((1, 20, 64, 3), 30, Tile(1, 1, 2, 4, 128, 64, 4)),  # two blocks of columns
     ],
 )
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_source_convolves(tmp_path, dtype, shape, dilation, tile):
-    if dtype == mx.bfloat16 and shape[2] == 16:
+@pytest.mark.parametrize(
+    ("dtype", "products"),
+    [
+        (mx.float32, mx.float32),
+        (mx.float32, mx.float16),
+        (mx.bfloat16, mx.bfloat16),
+    ],
+)
+def test_the_source_convolves(tmp_path, dtype, products, shape, dilation, tile):
+    if products.size == 2 and shape[2] == 16:
         tile = Tile(2, 1, 1, 2, 32, 32, 2)
     arrays = operands(*shape, dtype)
     options = {"dilation": dilation, "slope": 0.1, "scale": 1 / 3}
     with mx.stream(mx.cpu):
         wanted = expected(**arrays, **options)
-        for y in on_processor(tmp_path, arrays, **options, tile=tile):
-            # Ten bits of fraction in TF32, seven in bfloat16.
+        for y in on_processor(
+            tmp_path, arrays, **options, tile=tile, products=products
+        ):
+            # Ten bits of fraction in TF32 and float16, seven in bfloat16.
             assert error(y, wanted) < (1e-3 if dtype == mx.float32 else 8e-3)
 
 
@@ -363,8 +411,12 @@ def test_convolution_equals_mlx(channels, k, dilation, dtype):
     with mx.stream(mx.cpu):
         wanted = expected(**arrays, **options)
         mx.eval(wanted)
-    for tile in conv_kernel.candidate_tiles(channels, dtype):
-        weight = pack_weight(arrays["weight"], dtype, tile)
+    kinds = [(dtype, tile) for tile in conv_kernel.candidate_tiles(channels, dtype)]
+    if dtype == mx.float32:
+        half = conv_kernel.candidate_tiles(channels, mx.float16)
+        kinds += [(mx.float16, tile) for tile in half]
+    for products, tile in kinds:
+        weight = pack_weight(arrays["weight"], dtype, tile, products)
         y = fused_conv(**{**arrays, "weight": weight}, **options)
         # Ten bits of fraction (seven in bfloat16), and sums of thousands of products.
         assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 2e-3)

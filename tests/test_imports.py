@@ -25,6 +25,7 @@ ORDER = [
     *(
         "models",
         "noise",
+        "cuda_kernel",
         "gru_kernel",
         "conv_kernel",
         "fused_blocks",

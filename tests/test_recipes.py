@@ -293,6 +293,18 @@ def test_resampling_reads_the_source_at_the_promised_places(rate):
     assert np.abs(found - expected).max() < 1e-3  # a Hann window of 32 taps
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA GPU")
+def test_resampling_is_the_same_in_one_kernel(rng, monkeypatch):
+    L = 20000
+    source = rng.uniform(-0.5, 0.5, (3, source_length(L))).astype(np.float32)
+    rates = mx.array(np.array([2950, 4096, 5735], np.float32) / 4096)
+    found = resample(mx.array(source), rates, L)
+    monkeypatch.setattr("recipes.augment.on_cuda", lambda: False)
+    expected = resample(mx.array(source), rates, L)
+    assert mx.abs(found - expected).max().item() < 2e-6
+
+
 def test_the_formant_shift_moves_the_envelope_and_keeps_the_harmonics():
     L = 8192
     t = np.arange(L) / RATE

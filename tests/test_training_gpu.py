@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -95,3 +96,22 @@ def test_rectifier_and_its_slope(shape, dtype):
     assert mx.allclose(slope, mx.where(x > 0, back, 0.1 * back), rtol)
     columns = fused.leaky_relu(x.swapaxes(0, 1))  # values that do not lie in order
     assert mx.array_equal(columns, y.swapaxes(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(mx.float32, 2e-6), (mx.float16, 2e-3), (mx.bfloat16, 1.6e-2)],
+)
+@pytest.mark.parametrize("shape", [(64, 320), (3, 7, 5)])  # in whole packs, and not
+def test_gelu_and_its_slope(shape, dtype, tolerance):
+    x, cotangent = (mx.random.normal(shape).astype(dtype) for _ in range(2))
+    with mx.stream(mx.cpu):
+        given = x.astype(mx.float32), cotangent.astype(mx.float32)
+        wanted = [
+            found[0] for found in mx.vjp(lambda v: nn.gelu(v), [given[0]], [given[1]])
+        ]
+        mx.eval(wanted)
+    found = [part[0] for part in mx.vjp(fused.gelu, [x], [cotangent])]
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.dtype == dtype
+        assert mx.abs(ours.astype(mx.float32) - exact).max().item() < tolerance

@@ -10,16 +10,77 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.models.layers import LRELU_SLOPE
 
 Function = Callable[..., mx.array]
 
 _BLOCK = 256  # threads, one value each
 _WARP = 32
+
+_PLACE = "const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;\n"
+_FORWARD = CudaKernel(
+    "leaky_relu",
+    ("x",),
+    ("y",),
+    _PLACE + "const float v = float(x[i]);\ny[i] = T(v > 0 ? v : v * slope);\n",
+    (("slope", "float"),),
+)
+_BACK = CudaKernel(
+    "leaky_relu_back",
+    ("x", "cotangent"),
+    ("y",),
+    _PLACE + "const float back = float(cotangent[i]);\n"
+    "y[i] = T(float(x[i]) > 0 ? back : back * slope);\n",
+    (("slope", "float"),),
+)
+
+_PACK = 8  # values of a thread
+_PACKS = r"""
+struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
+const int i = blockIdx.x * blockDim.x + threadIdx.x;
+if (i >= packs) return;
+const Pack in = ((const Pack*)x)[i];
+Pack out;
+"""
+_GELU = CudaKernel(
+    "gelu",
+    ("x",),
+    ("y",),
+    _PACKS
+    + r"""
+#pragma unroll
+for (int k = 0; k < PACK; k++) {
+    const float v = float(in.v[k]);
+    out.v[k] = T(v * (0.5f + 0.5f * erff(v * 0.70710678f)));
+}
+((Pack*)y)[i] = out;
+""",
+    (("packs", "int"),),
+)
+_GELU_BACK = CudaKernel(
+    "gelu_back",
+    ("x", "cotangent"),
+    ("y",),
+    _PACKS
+    + r"""
+const Pack back = ((const Pack*)cotangent)[i];
+#pragma unroll
+for (int k = 0; k < PACK; k++) {
+    const float v = float(in.v[k]);
+    const float below = 0.5f + 0.5f * erff(v * 0.70710678f);
+    const float density = 0.39894228f * expf(-0.5f * v * v);
+    out.v[k] = T(float(back.v[k]) * (below + v * density));
+}
+((Pack*)y)[i] = out;
+""",
+    (("packs", "int"),),
+)
 
 
 def leaky_relu(x: mx.array, slope: float = LRELU_SLOPE) -> mx.array:
@@ -30,7 +91,7 @@ def leaky_relu(x: mx.array, slope: float = LRELU_SLOPE) -> mx.array:
 def rectified_slope(x: mx.array, cotangent: mx.array, slope: float) -> mx.array:
     """Slope of the rectifier's input ``x``, of the same shape as its output's."""
     if _whole_warps(x):
-        return _launch(_kernels(slope)[1], x, cotangent)
+        return _launch(_BACK, slope, x, cotangent)
     return mx.where(x > 0, cotangent, slope * cotangent)
 
 
@@ -39,7 +100,7 @@ def _rectifier(slope: float) -> Function:
     @mx.custom_function
     def rectified(x: mx.array) -> mx.array:
         if _whole_warps(x):
-            return _launch(_kernels(slope)[0], x)
+            return _launch(_FORWARD, slope, x)
         return mx.maximum(x, slope * x)
 
     @rectified.vjp
@@ -48,6 +109,23 @@ def _rectifier(slope: float) -> Function:
         return rectified_slope(x, cotangent, slope)
 
     return cast(Function, rectified)
+
+
+@mx.custom_function
+def gelu(x: mx.array) -> mx.array:
+    """``nn.gelu`` with a slope of its own."""
+    return _packed(_GELU, x) if _whole_packs(x) else nn.gelu(x)
+
+
+@gelu.vjp
+def _gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    del output
+    if _whole_packs(x):
+        return _packed(_GELU_BACK, x, cotangent)
+    exact = x.astype(mx.float32)
+    below = 0.5 + 0.5 * mx.erf(exact / math.sqrt(2))
+    density = mx.exp(-0.5 * exact * exact) / math.sqrt(2 * math.pi)
+    return cotangent * (below + exact * density).astype(x.dtype)
 
 
 def on_cuda() -> bool:
@@ -60,37 +138,30 @@ def _whole_warps(x: mx.array) -> bool:
     return on_cuda() and x.size > 0 and x.size % _WARP == 0
 
 
-@cache
-def _kernels(slope: float) -> tuple[Any, Any]:
-    """Forward and back, of arrays whose values lie in order."""
-
-    def kernel(name: str, inputs: list[str], source: str) -> Any:
-        return mx.fast.cuda_kernel(
-            name=f"{name}_{str(slope).replace('.', '_')}",
-            input_names=inputs,
-            output_names=["y"],
-            source="const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;\n"
-            "const float v = float(x[i]);\n" + source,
-        )
-
-    return (
-        kernel("leaky_relu", ["x"], f"y[i] = T(v > 0 ? v : v * {slope}f);"),
-        kernel(
-            "leaky_relu_back",
-            ["x", "cotangent"],
-            "const float back = float(cotangent[i]);\n"
-            f"y[i] = T(v > 0 ? back : back * {slope}f);",
-        ),
-    )
+def _whole_packs(x: mx.array) -> bool:
+    return on_cuda() and 0 < x.size < 1 << 31 and x.size % _PACK == 0
 
 
-def _launch(kernel: Any, x: mx.array, *others: mx.array) -> mx.array:
+def _packed(kernel: CudaKernel, x: mx.array, *more: mx.array) -> mx.array:
+    """A kernel whose threads take 16 bytes or more each: half precision wants that."""
+    packs = x.size // _PACK
     (y,) = kernel(
-        inputs=[x, *others],
-        template=[("T", x.dtype)],
-        grid=(x.size, 1, 1),
-        threadgroup=(math.gcd(x.size, _BLOCK), 1, 1),
-        output_shapes=[x.shape],
-        output_dtypes=[x.dtype],
+        [x, *more],
+        [(x.shape, x.dtype)],
+        Grid(-(-packs // _BLOCK), _BLOCK),
+        scalars=[packs],
+        constants={"T": x.dtype, "PACK": _PACK},
     )
-    return cast(mx.array, y)
+    return y
+
+
+def _launch(kernel: CudaKernel, slope: float, x: mx.array, *more: mx.array) -> mx.array:
+    threads = math.gcd(x.size, _BLOCK)
+    (y,) = kernel(
+        [x, *more],
+        [(x.shape, x.dtype)],
+        Grid(x.size // threads, threads),
+        scalars=[slope],
+        constants={"T": x.dtype},
+    )
+    return y

@@ -11,10 +11,12 @@ takes one row of it: the values that share one ``g``, or a piece of what has non
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
+
+from rvc_mlx.cuda_kernel import CudaKernel, Grid
 
 # Columns: first value, how many, distance between them, place of g or -1.
 Rows = np.ndarray  # [R, 4] int32
@@ -84,6 +86,17 @@ for (int i = threadIdx.x; i < count; i += blockDim.x) {
 """
 )
 
+_FORWARD_KERNEL = CudaKernel(
+    "weight_norm", ("vector", "rows"), ("plain",), _FORWARD, header=_SUM
+)
+_BACK_KERNEL = CudaKernel(
+    "weight_norm_back",
+    ("vector", "cotangent", "rows"),
+    ("slope",),
+    _BACK,
+    header=_SUM,
+)
+
 
 def piece_rows(start: int, size: int) -> list[tuple[int, int, int, int]]:
     """Rows of ``size`` values from ``start`` that have no norm."""
@@ -106,35 +119,21 @@ def folding(rows: Sequence[tuple[int, int, int, int]]) -> Callable[..., mx.array
     """
     table = mx.array(np.asarray(rows, np.int32))
 
-    def kernel(name: str, inputs: list[str], output: str, source: str) -> Any:
-        return mx.fast.cuda_kernel(
-            name=name,
-            input_names=[*inputs, "rows"],
-            output_names=[output],
-            source=source,
-            header=_SUM,
+    def run(kernel: CudaKernel, *arrays: mx.array) -> mx.array:
+        (result,) = kernel(
+            [*arrays, table],
+            [(arrays[0].shape, mx.float32)],
+            Grid(len(rows), _THREADS),
         )
-
-    forward = kernel("weight_norm", ["vector"], "plain", _FORWARD)
-    back = kernel("weight_norm_back", ["vector", "cotangent"], "slope", _BACK)
-
-    def run(made: Any, *arrays: mx.array) -> mx.array:
-        (result,) = made(
-            inputs=[*arrays, table],
-            grid=(len(rows) * _THREADS, 1, 1),
-            threadgroup=(_THREADS, 1, 1),
-            output_shapes=[arrays[0].shape],
-            output_dtypes=[mx.float32],
-        )
-        return cast(mx.array, result)
+        return result
 
     @mx.custom_function
     def folded(vector: mx.array) -> mx.array:
-        return run(forward, vector)
+        return run(_FORWARD_KERNEL, vector)
 
     @folded.vjp
     def slopes(vector: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
         del output
-        return run(back, vector, cotangent)
+        return run(_BACK_KERNEL, vector, cotangent)
 
     return cast(Callable[..., mx.array], folded)

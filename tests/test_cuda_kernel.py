@@ -1,0 +1,157 @@
+"""CUDA kernels of our own: their source compiles, and is compiled once."""
+
+import mlx.core as mx
+import pytest
+
+from recipes import augment
+from rvc_mlx import conv_kernel, cuda_kernel, gru_kernel
+from rvc_mlx.cuda_kernel import CudaKernel, Grid, compile_source
+from rvc_mlx.training import fused, weight_norm
+
+F32, BF16, F16, INT = mx.float32, mx.bfloat16, mx.float16, mx.int32
+
+DOUBLED = CudaKernel(
+    "doubled",
+    ("x",),
+    ("y",),
+    "if (threadIdx.x < n) y[threadIdx.x] = T(factor * float(x[threadIdx.x]));\n",
+    (("n", "int"), ("factor", "float")),
+)
+
+
+def has_nvrtc():
+    try:
+        cuda_kernel._nvrtc()
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC")
+
+
+def convolutions():
+    for dtype, products in [*((d, d) for d in conv_kernel.DTYPES), (F32, F16)]:
+        for channels in conv_kernel.CHANNELS:
+            tile = conv_kernel.default_tile(channels, products)
+            constants = conv_kernel._constants(dtype, products, channels, tile)
+            inputs = (dtype, products, F32, dtype, dtype)
+            yield conv_kernel._KERNEL, inputs, (dtype,), constants
+
+
+def others():
+    yield gru_kernel._CLUSTER_KERNEL, (F32,) * 3, (F32,), {}
+    yield weight_norm._FORWARD_KERNEL, (F32, INT), (F32,), {}
+    yield weight_norm._BACK_KERNEL, (F32, F32, INT), (F32,), {}
+    sizes = {"TAPS": 16, "FIRST": 16, "RATE_STEPS": 4096}
+    yield augment._RESAMPLE, (F32, F32), (F32,), sizes
+    for dtype in (F32, BF16, F16):
+        pack = {"T": dtype, "PACK": fused._PACK}
+        yield fused._GELU, (dtype,), (dtype,), pack
+        yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
+        yield fused._FORWARD, (dtype,), (dtype,), {"T": dtype}
+        yield fused._BACK, (dtype, dtype), (dtype,), {"T": dtype}
+
+
+def compiles(kernel, inputs, outputs, constants, architecture):
+    constants = (*constants.items(), ("SHARED_MEMORY", 0))
+    code = compile_source(kernel.text(inputs, outputs, constants), architecture)
+    assert code.startswith(b"\x7fELF")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("case", [*convolutions(), *others()])
+def test_every_kernel_compiles_for_an_h100(case):
+    compiles(*case, "sm_90")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_89"])
+def test_older_gpus_have_a_kernel_without_clusters(architecture):
+    compiles(gru_kernel._POLLING_KERNEL, (F32,) * 4, (F32,), {}, architecture)
+
+
+@needs_nvrtc
+def test_a_source_that_is_wrong_is_refused_with_the_compilers_words():
+    with pytest.raises(RuntimeError, match=r'sm_90: .*"nothing" is undefined'):
+        compile_source('extern "C" __global__ void f() { nothing; }', "sm_90")
+
+
+def test_the_text_tells_types_numbers_and_constants():
+    text = DOUBLED.text((BF16,), (F32,), (("T", F32), ("ON", True), ("SIZE", 7)))
+    assert text.endswith(
+        """extern "C" __global__ void  KERNEL(
+    const bfloat16* x,
+    float* y,
+    int n,
+    int factor_bits) {
+const float factor = __int_as_float(factor_bits);
+using T = float;
+constexpr int ON = 1;
+constexpr int SIZE = 7;
+if (threadIdx.x < n) y[threadIdx.x] = T(factor * float(x[threadIdx.x]));
+}"""
+    )
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """A stand-in for NVRTC; its calls."""
+    monkeypatch.setenv("RVC_MLX_HOME", str(tmp_path))
+    calls = []
+
+    def stand_in(text, architecture):
+        calls.append((text, architecture))
+        return b"code"
+
+    monkeypatch.setattr(cuda_kernel, "compile_source", stand_in)
+    cuda_kernel._compiled.cache_clear()
+    yield calls
+    cuda_kernel._compiled.cache_clear()
+
+
+def compiled(factor=2, architecture="sm_90"):
+    constants = (("T", F32), ("FACTOR", factor))
+    return cuda_kernel._compiled(DOUBLED, (F32,), (F32,), constants, architecture)
+
+
+def test_a_kernel_is_compiled_once_for_all_processes(compiler, tmp_path):
+    symbol, code = compiled()
+    assert code == b"code"
+    assert symbol in compiler[0][0]
+    cuda_kernel._compiled.cache_clear()  # another process
+    assert compiled() == (symbol, code)
+    assert len(compiler) == 1
+    folder = tmp_path / "compiled" / "cuda"
+    assert [path.name for path in folder.iterdir()] == [f"{symbol}.cubin"]
+
+
+def test_each_set_of_constants_and_each_gpu_has_its_own(compiler):
+    symbols = {compiled()[0], compiled(3)[0], compiled(architecture="sm_100")[0]}
+    assert len(symbols) == len(compiler) == 3
+
+
+def test_a_folder_that_cannot_be_written_costs_only_time(compiler, tmp_path):
+    (tmp_path / "compiled").write_text("not a folder")
+    assert compiled()[1] == b"code"
+
+
+@pytest.mark.skipif(mx.cuda.is_available(), reason="has a CUDA GPU")
+def test_without_a_gpu_a_launch_is_refused():
+    with pytest.raises(RuntimeError, match="no CUDA GPU"):
+        DOUBLED([mx.zeros(4)], [((4,), F32)], Grid(1, 32), scalars=[4, 2.0])
+
+
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_a_kernel_runs_with_its_numbers(dtype):
+    x = mx.arange(8).astype(dtype)
+    (y,) = DOUBLED(
+        [x[::-1]],
+        [((8,), F32)],
+        Grid(1, 32),
+        scalars=[8, 2.5],
+        constants={"T": F32},
+    )
+    assert y.tolist() == [2.5 * n for n in range(7, -1, -1)]
