@@ -42,35 +42,29 @@ class RelativeAttention(nn.Module):
         """``[B, T, C]`` to ``[B, T, C]``.
 
         Keys and values get ``w`` frames of padding on both sides, so that the offsets
-        -w..w of query ``i`` are the columns ``i .. i + 2 w``, for every query alike. One
-        more channel, 1 in every query, lowers the scores of padding. Heads go one by
-        one: their squares of scores are the largest tensors of the whole voice.
+        -w..w of query ``i`` are the columns ``i .. i + 2 w``, for every query alike.
         """
         B, T, C = x.shape
         w = RELATIVE_WINDOW
+        near = (mx.arange(T)[:, None] + mx.arange(2 * w + 1))[None, None]
+        query = self._heads(self.conv_q(x)) * (self._num_heads / C) ** 0.5
+        pads = [(0, 0), (0, 0), (w, w), (0, 0)]
+        key, value = (
+            mx.pad(self._heads(y), pads) for y in (self.conv_k(x), self.conv_v(x))
+        )
         real = mx.ones((B, T, 1), x.dtype) if mask is None else mask
-        pads = [(0, 0), (w, w), (0, 0)]
-        # Eight channels, of which seven are empty: products want aligned widths.
-        masking = mx.pad((mx.pad(real, pads) - 1) * _MASKED, [(0, 0), (0, 0), (0, 7)])
-        ones = mx.ones((B, T, 8), x.dtype)
-        near = (mx.arange(T)[:, None] + mx.arange(2 * w + 1))[None]
-        query = self.conv_q(x) * (self._num_heads / C) ** 0.5
-        key, value = (mx.pad(y, pads) for y in (self.conv_k(x), self.conv_v(x)))
-        heads = []
-        for q, k, v in zip(
-            *(mx.split(y, self._num_heads, axis=-1) for y in (query, key, value)),
-            strict=True,
-        ):
-            scores = mx.concatenate([q, ones], axis=-1) @ mx.concatenate(
-                [k, masking], axis=-1
-            ).swapaxes(-1, -2)  # [B, T, T + 2 w]
-            offsets = mx.take_along_axis(scores, near, axis=-1)
-            offsets = offsets + q @ self.emb_rel_k[0].T
-            scores = mx.put_along_axis(scores, near, offsets, axis=-1)
-            weights = mx.softmax(scores, axis=-1)
-            nearby = mx.take_along_axis(weights, near, axis=-1)
-            heads.append(weights @ v + nearby @ self.emb_rel_v[0])
-        return self.conv_o(mx.concatenate(heads, axis=-1))
+        lower = (mx.pad(real[:, None], pads) - 1) * _MASKED  # [B, 1, T + 2 w, 1]
+        scores = query @ key.swapaxes(-1, -2) + lower.swapaxes(-1, -2)
+        offsets = mx.take_along_axis(scores, near, axis=-1)
+        offsets = offsets + query @ self.emb_rel_k[0].T
+        weights = mx.softmax(mx.put_along_axis(scores, near, offsets, axis=-1), axis=-1)
+        nearby = mx.take_along_axis(weights, near, axis=-1)
+        y = weights @ value + nearby @ self.emb_rel_v[0]
+        return self.conv_o(y.swapaxes(1, 2).reshape(B, T, C))
+
+    def _heads(self, y: mx.array) -> mx.array:
+        """``[B, T, C]`` to ``[B, H, T, C / H]``."""
+        return y.reshape(*y.shape[:2], self._num_heads, -1).swapaxes(1, 2)
 
 
 class FFN(nn.Module):
