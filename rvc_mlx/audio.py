@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import soxr
+from scipy import fft
 
 from .machine import in_parallel
 from .spool import Spool
@@ -65,6 +66,18 @@ def _high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     return b, a, signal.lfilter_zi(b, a), 3 * max(len(a), len(b))
 
 
+def _high_pass_power(n: int) -> np.ndarray:
+    """Squared gain of the filter at the frequencies of ``n`` samples' spectrum.
+
+    Source: the Butterworth response; the bilinear transform makes tangents of it.
+    """
+    turns = np.tan(np.pi * np.arange(n // 2 + 1) / n)
+    turns[-1] = np.inf if n % 2 == 0 else turns[-1]
+    with np.errstate(divide="ignore"):
+        ratio = np.tan(np.pi * HIGH_PASS_HZ / SAMPLE_RATE) / turns
+    return 1 / (1 + ratio ** (2 * HIGH_PASS_ORDER))
+
+
 def high_pass(x: np.ndarray) -> np.ndarray:
     """Return ``x`` without what lies below 48 Hz, with no phase shift.
 
@@ -93,15 +106,17 @@ def high_pass(x: np.ndarray) -> np.ndarray:
     return signal.filtfilt(b, a, x, padlen=min(padding, len(x) - 1))
 
 
-def high_pass_spool(source: Spool, block: int = 1 << 15, gain: float = 1.0) -> Spool:
+def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> Spool:
     """Return ``high_pass`` of a long recording, block by block, on several threads.
 
-    Each block is filtered forwards and backwards together with its surroundings, from
-    the steady state of their first sample; what that gets wrong fades on the way::
+    Each block is filtered together with its surroundings, where what they lack of the
+    rest of the recording fades::
 
                 |....settles....|-------block-------|....settles....|
-        forwards >------------------------------------------------->
-        backwards               <-----------------------------------<
+
+    Near the ends that is done forwards and backwards, from the steady state of the first
+    sample. Elsewhere the two together multiply the spectrum by the filter's power, which
+    is nearer to the exact result and runs on several threads.
 
     Args:
         source: the recording at 16 kHz, at least one sample.
@@ -126,8 +141,14 @@ def high_pass_spool(source: Spool, block: int = 1 << 15, gain: float = 1.0) -> S
     def run(x: np.ndarray) -> np.ndarray:
         return signal.lfilter(b, a, x, zi=steady * x[0])[0]
 
+    power = _high_pass_power(block + 2 * _SETTLED)
+
     def filtered(start: int) -> np.ndarray:
         stop = min(start + block, count)
+        if start >= _SETTLED and start + block + _SETTLED <= count:
+            x = source.read(start - _SETTLED, stop + _SETTLED).astype(np.float64)
+            y = fft.irfft(power * fft.rfft(gain * x), len(x))
+            return y[_SETTLED : _SETTLED + block]
         low = max(start - _SETTLED, -edge)
         x = _odd_extended(source, low, min(stop + _SETTLED, count + edge), edge)
         forwards = run(gain * x)[start - low :]
