@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
+from threading import Thread
 from typing import NamedTuple
 
 import numpy as np
@@ -311,6 +313,8 @@ def load_on(
     rmvpe: str | Path | None = None,
 ) -> VoiceConverter:
     """As ``load``, on an engine that is there already."""
+    # A second, which the first conversion would wait for.
+    Thread(target=import_module, args=("scipy.signal",), daemon=True).start()
     voice, index = choose_voice(voice, index)
     checkpoint = read_weights(voice, "voice")
     bound = Voice(checkpoint, engine)
