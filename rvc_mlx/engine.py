@@ -13,8 +13,9 @@ import importlib.util
 import logging
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,6 +47,8 @@ _DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 # every new length adds 3 MB a network for ever; making them again takes milliseconds.
 _KEPT_KERNELS, _KEPT_PRIMITIVES = 0, "16"
 _BATCHES = 64  # times that the largest array of a batch would fit into a GPU
+_LARGEST_BATCH = 1 << 29  # bytes of that array; more together gain nothing
+_QUEUED = 4 << 30  # bytes of arrays beside the weights that a GPU is to work on
 _INDEXES = 8  # times that the largest index searched there would
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
 
@@ -113,7 +116,8 @@ class MLXEngine:
         self.precision = precision
         self.device = describe_device(device)
         memory = _gpu_memory(device)
-        self.batch_bytes = memory // _BATCHES
+        self.batch_bytes = min(memory // _BATCHES, _LARGEST_BATCH)
+        self.resident = 0  # bytes of weights
         self._index_bytes = memory // _INDEXES
 
     def bind(self, seam: Seam) -> Run:
@@ -173,12 +177,30 @@ class _MLXRun:
             if not self._steps:
                 steps = self._seam.build(self._dtype)
                 self._steps.extend(map(engine._prepared, steps))
+                engine.resident = mx.get_active_memory()
             result = [_as_input(array, self._dtype) for array in arrays]
             for step in self._steps:
                 result = [step(*result)]
             output = result[0].astype(mx.float32)
-            mx.async_eval(output)
+            with _queue_limit(engine.resident):
+                mx.async_eval(output)
             return output
+
+
+@contextmanager
+def _queue_limit(resident: int) -> Iterator[None]:
+    """What is queued on CUDA meanwhile waits where its arrays would take too much.
+
+    Otherwise MLX makes the arrays of a whole network before the first is computed.
+    """
+    if not mx.cuda.is_available():
+        yield
+        return
+    before = mx.set_memory_limit(resident + _QUEUED)
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(before)
 
 
 def _as_input(array: Array, dtype: mx.Dtype) -> mx.array:
