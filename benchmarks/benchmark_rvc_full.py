@@ -3,7 +3,7 @@
     python benchmarks/benchmark_rvc_full.py [--pt-model P] [--mlx-model M] [--runs N]
         [--seconds 5] [--no-warmup] [--pytorch-only] [--mlx-only]
 
-Features, F0 and noise are the same on both sides; drawing the noise is in the timed call.
+Features, F0 and noise are the same on both sides; the first call draws the noise.
 """
 
 from __future__ import annotations

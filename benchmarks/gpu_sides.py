@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Protocol
 
 import common
 import numpy as np
 import torch
-from our_side import OurSynthesis, SynthesisInputs, find_f0
+from our_side import KeptNoise, OurSynthesis, SynthesisInputs, find_f0
 from torch_side import OnDevice, Place, TorchPipeline, synthesize
 from twins import Sides, converter
 
-from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 
 INDEX_RATE = 0.75
@@ -75,15 +73,6 @@ class Ours:
         return [conversion.audio for conversion in converted]
 
 
-class KeptNoise:
-    """Numbers drawn once: PyTorch's side is not to be slowed by numpy's generator."""
-
-    def __init__(self) -> None:
-        noise = Noise(0)
-        self.normal = cache(noise.normal)
-        self.uniform = cache(noise.uniform)
-
-
 class Theirs:
     """The reference on PyTorch.
 
@@ -116,8 +105,7 @@ class Theirs:
 
     def synthesizer(self, inputs: SynthesisInputs) -> np.ndarray:
         """As of ``Side``."""
-        given = inputs._replace(noise=self._noise)  # type: ignore[arg-type]
-        return synthesize(self._pipeline.synthesizer, given)
+        return synthesize(self._pipeline.synthesizer, inputs)
 
     def convert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""

