@@ -56,6 +56,46 @@ INPUTS = (values(*SHAPE), values(1, 1, 6, seed=2))
 EXPECTED = (np.tanh(INPUTS[0] @ values(6, 6, seed=1)) + INPUTS[1]).sum(axis=-1)
 
 
+# Memory of a GPU ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """MLX on CUDA, as far as its limit of memory goes; the limits that were set."""
+    seen = [1 << 40]
+
+    def set_limit(limit):
+        seen.append(limit)
+        return seen[-2]
+
+    monkeypatch.setattr(mx, "set_memory_limit", set_limit)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 1000)
+    return seen
+
+
+def test_a_gpus_queue_is_bounded_while_a_step_is_queued(limits):
+    run = MLXEngine(mx.Device(mx.cpu), "f32").bind(seam(Counted()))
+    np.testing.assert_allclose(run(*INPUTS), EXPECTED, rtol=1e-5, atol=1e-5)
+    assert limits == [1 << 40, 1000 + module._QUEUED, 1 << 40]
+
+
+def test_the_limit_is_put_back_when_a_step_fails(limits):
+    with pytest.raises(MemoryError), module._queue_limit(7):
+        raise MemoryError
+    assert limits == [1 << 40, 7 + module._QUEUED, 1 << 40]
+
+
+@pytest.mark.parametrize(
+    ("memory", "batch"), [(0, 0), (16 << 30, 1 << 28), (1 << 37, 1 << 29)]
+)
+def test_a_batch_takes_a_share_of_the_memory_but_no_more_than_gains(
+    monkeypatch, memory, batch
+):
+    monkeypatch.setattr(module, "_gpu_memory", lambda _: memory)
+    assert MLXEngine(mx.Device(mx.cpu), "f32").batch_bytes == batch
+
+
 # Choice -------------------------------------------------------------------------------
 
 
