@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx import fused_encoder
+from rvc_mlx import fused_encoder, fused_unet
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.device_index import DeviceIndex
 from rvc_mlx.device_mel import device_log_mel
@@ -32,7 +32,7 @@ from rvc_mlx.fused_blocks import FusedBlocks
 from rvc_mlx.gru_kernel import checked, supports
 from rvc_mlx.models.contentvec import ContentVec
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
-from rvc_mlx.models.rmvpe import GRU
+from rvc_mlx.models.rmvpe import GRU, RMVPE
 from rvc_mlx.noise import DeviceNoise, Noise
 from rvc_mlx.retrieval import Blend, blending
 from rvc_mlx.spectral import LogMel, log_mel
@@ -148,8 +148,10 @@ class MLXEngine:
         """The step as this device does it best."""
         if self._device == mx.Device(mx.cpu):
             return step  # MLX's CPU back end would call a C compiler for each fusion
+        network = getattr(step, "func", getattr(step, "__self__", step))
+        if isinstance(network, RMVPE) and mx.cuda.is_available():
+            fused_unet.quicken(network)
         if self._fast_products and mx.cuda.is_available():
-            network = getattr(step, "func", step)
             if isinstance(network, HiFiGAN):
                 network._average = FusedBlocks(network)
             elif isinstance(network, ContentVec):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from recipes import augment
-from rvc_mlx import conv_kernel, cuda_kernel, gru_kernel
+from rvc_mlx import conv_kernel, cuda_kernel, fused_unet, gru_kernel
 from rvc_mlx.cuda_kernel import CudaKernel, Grid, compile_source
 from rvc_mlx.training import fused, weight_norm
 
@@ -46,6 +46,8 @@ def others():
     sizes = {"TAPS": 16, "FIRST": 16, "RATE_STEPS": 4096}
     yield augment._RESAMPLE, (F32, F32), (F32,), sizes
     for dtype in (F32, BF16, F16):
+        unet = {"T": dtype, "PACK": fused_unet._PACK}
+        yield fused_unet._KERNEL, (dtype, F32, dtype, F32), (dtype,), unet
         pack = {"T": dtype, "PACK": fused._PACK}
         yield fused._GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack

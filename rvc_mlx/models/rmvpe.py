@@ -86,7 +86,7 @@ class ResEncoderBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int):
         super().__init__()
-        self.conv = [
+        self.conv: list[nn.Module] = [
             ConvBlockRes(c_in if i == 0 else c_out, c_out) for i in range(blocks)
         ]
 
@@ -143,7 +143,7 @@ class ResDecoderBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, blocks: int):
         super().__init__()
-        self.conv1 = [
+        self.conv1: list[nn.Module] = [
             # output_padding computes one more row and column; they are not zeros.
             nn.ConvTranspose2d(
                 c_in, c_out, 3, stride=2, padding=1, output_padding=1, bias=False
@@ -151,7 +151,7 @@ class ResDecoderBlock(nn.Module):
             nn.BatchNorm(c_out),
             nn.ReLU(),
         ]
-        self.conv2 = [
+        self.conv2: list[nn.Module] = [
             ConvBlockRes(2 * c_out if i == 0 else c_out, c_out) for i in range(blocks)
         ]
 

@@ -1,0 +1,70 @@
+"""The pitch net as it is computed on CUDA equals the model."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from rvc_mlx import fused_unet
+from rvc_mlx.models.layers import fold_batch_norm
+from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
+
+CONFIG = RMVPEConfig(
+    base_channels=8, blocks=2, levels=2, inter_layers=1, n_mels=16, gru_size=8
+)
+
+
+def network(dtype=mx.float32):
+    """A network with random batch norms, folded."""
+    mx.random.seed(0)
+    net = RMVPE(CONFIG)
+    moved = [
+        (name, mx.random.uniform(0.5, 1.5, value.shape) if value.ndim == 1 else value)
+        for name, value in tree_flatten(net.parameters())
+    ]
+    net.load_weights(moved)
+    net.eval()
+    fold_batch_norm(net)
+    net.set_dtype(dtype)
+    mx.eval(net.parameters())
+    return net
+
+
+def plain(x, bias, shortcut=None, offset=None):
+    """The kernel in plain operations."""
+    y = mx.maximum(x.astype(mx.float32) + bias, 0)
+    if shortcut is not None:
+        y = y + shortcut.astype(mx.float32) + offset
+    return y.astype(x.dtype)
+
+
+def test_the_blocks_are_put_together_as_the_model_has_them(monkeypatch):
+    monkeypatch.setattr(fused_unet, "rectified", plain)
+    net, mel = network(), mx.random.normal((2, 32, 16))
+    expected = net.image_features(mel)
+    fused_unet.quicken(net)
+    fused_unet.quicken(net)  # once more changes nothing
+    kinds = {type(module).__name__ for module in net.modules()}
+    assert {"FusedBlock", "Rectified"} <= kinds
+    assert "ConvBlockRes" not in kinds
+    np.testing.assert_allclose(net.image_features(mel), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_whose_norms_are_not_folded_stays_as_it_is():
+    net = RMVPE(CONFIG)
+    net.eval()
+    fused_unet.quicken(net)
+    assert not any(isinstance(m, fused_unet.FusedBlock) for m in net.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_kernel_equals_plain_operations(dtype, beside):
+    x, shortcut = (mx.random.normal((2, 9, 5, 24)).astype(dtype) for _ in range(2))
+    bias, offset = (mx.random.normal((24,)) for _ in range(2))
+    more = (shortcut, offset) if beside else ()
+    found = fused_unet.rectified(x, bias, *more)
+    assert found.dtype == dtype
+    assert mx.array_equal(found, plain(x, bias, *more))
