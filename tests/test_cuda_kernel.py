@@ -51,6 +51,8 @@ def others():
         pack = {"T": dtype, "PACK": fused._PACK}
         yield fused._GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
+        yield fused._GATE, (dtype,), (dtype,), pack
+        yield fused._GATE_BACK, (dtype, dtype), (dtype,), pack
         yield fused._FORWARD, (dtype,), (dtype,), {"T": dtype}
         yield fused._BACK, (dtype, dtype), (dtype,), {"T": dtype}
 

@@ -7,6 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
+from rvc_mlx.models.layers import gated
 from rvc_mlx.training import forward, fused
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.forward import draw
@@ -102,16 +103,20 @@ def test_rectifier_and_its_slope(shape, dtype):
     ("dtype", "tolerance"),
     [(mx.float32, 2e-6), (mx.float16, 2e-3), (mx.bfloat16, 1.6e-2)],
 )
-@pytest.mark.parametrize("shape", [(64, 320), (3, 7, 5)])  # in whole packs, and not
-def test_gelu_and_its_slope(shape, dtype, tolerance):
-    x, cotangent = (mx.random.normal(shape).astype(dtype) for _ in range(2))
+@pytest.mark.parametrize(
+    ("quick", "plain"), [(fused.gelu, nn.gelu), (fused.gate, gated)]
+)
+@pytest.mark.parametrize("shape", [(9, 64, 32), (3, 7, 6)])  # in whole packs, and not
+def test_element_wise_functions_and_their_slopes(quick, plain, shape, dtype, tolerance):
+    x = mx.random.normal(shape).astype(dtype)
+    cotangent = mx.random.normal(plain(x).shape).astype(dtype)
     with mx.stream(mx.cpu):
         given = x.astype(mx.float32), cotangent.astype(mx.float32)
         wanted = [
-            found[0] for found in mx.vjp(lambda v: nn.gelu(v), [given[0]], [given[1]])
+            part[0] for part in mx.vjp(lambda v: plain(v), [given[0]], [given[1]])
         ]
         mx.eval(wanted)
-    found = [part[0] for part in mx.vjp(fused.gelu, [x], [cotangent])]
+    found = [part[0] for part in mx.vjp(quick, [x], [cotangent])]
     for ours, exact in zip(found, wanted, strict=True):
         assert ours.dtype == dtype
         assert mx.abs(ours.astype(mx.float32) - exact).max().item() < tolerance

@@ -148,6 +148,12 @@ def leaky_relu(x: mx.array, slope: float = LRELU_SLOPE) -> mx.array:
     return mx.maximum(x, slope * x)
 
 
+def gated(x: mx.array) -> mx.array:
+    """``[..., 2 C]`` to ``[..., C]``: the tangent of one half times the gate of the other."""
+    a, b = mx.split(x, 2, axis=-1)
+    return mx.tanh(a) * mx.sigmoid(b)
+
+
 class ResBlock(nn.Module):
     """HiFi-GAN residual block: dilated convolution, plain convolution, add; per dilation.
 

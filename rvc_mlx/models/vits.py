@@ -12,7 +12,7 @@ import math
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx.models.layers import LayerNorm, leaky_relu
+from rvc_mlx.models.layers import LayerNorm, gated, leaky_relu
 
 PRIOR_NOISE_SCALE = 0.66666  # temperature of the prior sample at inference
 RELATIVE_WINDOW = 10  # frames of relative position on each side
@@ -177,6 +177,7 @@ class WN(nn.Module):
             nn.Conv1d(channels, 2 * channels, kernel_size, padding=pad)
             for _ in range(num_layers)
         ]
+        self._gate = gated
         # The last layer feeds the output only.
         self.res_skip_layers = [
             nn.Conv1d(channels, channels * (2 if i < num_layers - 1 else 1), 1)
@@ -190,11 +191,10 @@ class WN(nn.Module):
         last = len(self.in_layers) - 1
         conditions = mx.split(self.cond_layer(g), last + 1, axis=-1)
         output = mx.zeros_like(x)
-        for i, (gated, res_skip) in enumerate(
+        for i, (convolve, res_skip) in enumerate(
             zip(self.in_layers, self.res_skip_layers, strict=True)
         ):
-            a, b = mx.split(gated(x) + conditions[i], 2, axis=-1)
-            skip = res_skip(mx.tanh(a) * mx.sigmoid(b))
+            skip = res_skip(self._gate(convolve(x) + conditions[i]))
             if i < last:
                 residual, skip = mx.split(skip, 2, axis=-1)
                 x = _masked(x + residual, mask)

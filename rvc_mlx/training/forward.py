@@ -19,9 +19,10 @@ from mlx.utils import tree_unflatten
 from rvc_mlx.arrays import Array
 from rvc_mlx.models.nsf_hifigan import MRFGenerator, NSFGenerator
 from rvc_mlx.models.synthesizer import Synthesizer
-from rvc_mlx.models.vits import PRIOR_NOISE_SCALE, PosteriorEncoder
+from rvc_mlx.models.vits import PRIOR_NOISE_SCALE, WN, PosteriorEncoder
 from rvc_mlx.training.blocks import quicken_blocks
 from rvc_mlx.training.convolutions import reformulate
+from rvc_mlx.training.fused import gate
 from rvc_mlx.training.presets import TrainingConfig
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def training_network(
     )
     reformulate(network, convolutions, grouped="native")  # it has none with groups
     quicken_blocks(network.dec)
+    for module in network.modules():
+        if isinstance(module, WN):
+            module._gate = gate
     return network
 
 

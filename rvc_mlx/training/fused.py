@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.models.layers import LRELU_SLOPE
+from rvc_mlx.models.layers import LRELU_SLOPE, gated
 
 Function = Callable[..., mx.array]
 
@@ -82,6 +82,49 @@ for (int k = 0; k < PACK; k++) {
     (("packs", "int"),),
 )
 
+# A thread takes as many channels of both halves.
+_HALVES = r"""
+struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
+const int i = blockIdx.x * blockDim.x + threadIdx.x;
+if (i >= packs) return;
+const int row = i / width, first = row * 2 * width + i % width, second = first + width;
+const Pack a = ((const Pack*)x)[first], b = ((const Pack*)x)[second];
+"""
+_GATE = CudaKernel(
+    "gate",
+    ("x",),
+    ("y",),
+    _HALVES
+    + r"""
+Pack out;
+#pragma unroll
+for (int k = 0; k < PACK; k++)
+    out.v[k] = T(tanhf(float(a.v[k])) / (1.f + expf(-float(b.v[k]))));
+((Pack*)y)[i] = out;
+""",
+    (("packs", "int"), ("width", "int")),
+)
+_GATE_BACK = CudaKernel(
+    "gate_back",
+    ("x", "cotangent"),
+    ("y",),
+    _HALVES
+    + r"""
+const Pack back = ((const Pack*)cotangent)[i];
+Pack da, db;
+#pragma unroll
+for (int k = 0; k < PACK; k++) {
+    const float t = tanhf(float(a.v[k])), s = 1.f / (1.f + expf(-float(b.v[k])));
+    const float g = float(back.v[k]);
+    da.v[k] = T(g * s * (1.f - t * t));
+    db.v[k] = T(g * t * s * (1.f - s));
+}
+((Pack*)y)[first] = da;
+((Pack*)y)[second] = db;
+""",
+    (("packs", "int"), ("width", "int")),
+)
+
 
 def leaky_relu(x: mx.array, slope: float = LRELU_SLOPE) -> mx.array:
     """As ``models.layers.leaky_relu``, with a slope of its own."""
@@ -111,13 +154,17 @@ def _rectifier(slope: float) -> Function:
     return cast(Function, rectified)
 
 
-@mx.custom_function
 def gelu(x: mx.array) -> mx.array:
     """``nn.gelu`` with a slope of its own."""
+    return cast(mx.array, _gelu(x))
+
+
+@mx.custom_function
+def _gelu(x: mx.array) -> mx.array:
     return _packed(_GELU, x) if _whole_packs(x) else nn.gelu(x)
 
 
-@gelu.vjp
+@_gelu.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     del output
     if _whole_packs(x):
@@ -126,6 +173,29 @@ def _gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     below = 0.5 + 0.5 * mx.erf(exact / math.sqrt(2))
     density = mx.exp(-0.5 * exact * exact) / math.sqrt(2 * math.pi)
     return cotangent * (below + exact * density).astype(x.dtype)
+
+
+def gate(x: mx.array) -> mx.array:
+    """``models.layers.gated`` with a slope of its own."""
+    return cast(mx.array, _gate(x))
+
+
+@mx.custom_function
+def _gate(x: mx.array) -> mx.array:
+    if not _whole_halves(x):
+        return gated(x)
+    return _halved(_GATE, (*x.shape[:-1], x.shape[-1] // 2), x)
+
+
+@_gate.vjp
+def _gate_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
+    del output
+    if _whole_halves(x):
+        return _halved(_GATE_BACK, x.shape, x, cotangent)
+    a, b = mx.split(x, 2, axis=-1)
+    t, s = mx.tanh(a), mx.sigmoid(b)
+    slopes = [cotangent * s * (1 - t * t), cotangent * t * s * (1 - s)]
+    return mx.concatenate(slopes, axis=-1)
 
 
 def on_cuda() -> bool:
@@ -140,6 +210,24 @@ def _whole_warps(x: mx.array) -> bool:
 
 def _whole_packs(x: mx.array) -> bool:
     return on_cuda() and 0 < x.size < 1 << 31 and x.size % _PACK == 0
+
+
+def _whole_halves(x: mx.array) -> bool:
+    return _whole_packs(x) and x.shape[-1] % (2 * _PACK) == 0
+
+
+def _halved(
+    kernel: CudaKernel, shape: tuple[int, ...], x: mx.array, *more: mx.array
+) -> mx.array:
+    packs = x.size // (2 * _PACK)
+    (y,) = kernel(
+        [x, *more],
+        [(shape, x.dtype)],
+        Grid(-(-packs // _BLOCK), _BLOCK),
+        scalars=[packs, x.shape[-1] // (2 * _PACK)],
+        constants={"T": x.dtype, "PACK": _PACK},
+    )
+    return y
 
 
 def _packed(kernel: CudaKernel, x: mx.array, *more: mx.array) -> mx.array:
