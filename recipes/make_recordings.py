@@ -2,7 +2,8 @@
 
 ``FOLDER/slt`` is the HTS voice at 32 kHz, transposed and stretched; ``FOLDER/rms`` is
 Flite's voice at 16 kHz, which cannot be told a pitch, so half of its sentences are
-transposed by harmonic resynthesis. Feed either folder to ``rvc-mlx train``.
+transposed by harmonic resynthesis. Feed either folder to ``rvc-mlx train``. What was said
+is in ``FOLDER/slt.txt`` and ``FOLDER/rms.txt``, one line for each recording.
 """
 
 from __future__ import annotations
@@ -29,21 +30,23 @@ SPEAKERS_OF = {"slt": "slt_hts", "rms": "rms"}  # of recipes.speakers, by folder
 _BLOCK = 40  # sentences
 
 
-def slt_recordings(rng: np.random.Generator) -> Iterator[tuple[np.ndarray, int]]:
-    """Samples and rate, without end: 32 kHz, tempo .87 to 1.11, -3 to +4 semitones."""
+Recording = tuple[str, np.ndarray, int]  # text, samples, rate
+
+
+def slt_recordings(rng: np.random.Generator) -> Iterator[Recording]:
+    """Recordings without end: 32 kHz, tempo .87 to 1.11, -3 to +4 semitones."""
     dictionary = text.dictionary_words()
     while True:
-        for label in slt_labels(text.sentences(_BLOCK, rng, dictionary)):
+        sentences = text.sentences(_BLOCK, rng, dictionary)
+        for sentence, label in zip(sentences, slt_labels(sentences), strict=True):
             said = hts_engine(
                 label, rate=rng.uniform(0.87, 1.11), semitones=rng.uniform(-3, 4)
             )
-            yield said.samples, said.rate
+            yield sentence, said.samples, said.rate
 
 
-def rms_recordings(
-    rng: np.random.Generator, sung: float = 0.5
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Samples and rate, without end: 16 kHz, duration .9 to 1.15.
+def rms_recordings(rng: np.random.Generator, sung: float = 0.5) -> Iterator[Recording]:
+    """Recordings without end: 16 kHz, duration .9 to 1.15.
 
     Args:
         rng: source of randomness.
@@ -57,7 +60,7 @@ def rms_recordings(
         samples = samples[: len(samples) // F0_HOP * F0_HOP]
         if rng.random() < sung:
             samples = transposed(samples, rng)
-        yield samples, SAMPLE_RATE
+        yield sentence, samples, SAMPLE_RATE
 
 
 def transposed(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -98,14 +101,16 @@ def record(
     rng = np.random.default_rng([seed, len(voice), ord(voice[0])])
     target = folder / voice
     target.mkdir(parents=True, exist_ok=True)
-    seconds = 0.0
-    for number, (samples, rate) in enumerate(_VOICES[voice](rng)):
+    seconds, texts = 0.0, []
+    for number, (sentence, samples, rate) in enumerate(_VOICES[voice](rng)):
         level = np.sqrt(np.square(samples, dtype=np.float64).mean() + 1e-12)
         gain = min(LEVEL / level, 0.95 / (np.abs(samples).max() + 1e-9))
         path = target / f"{number:04d}.{suffix}"
         sf.write(path, samples * gain, rate, subtype="PCM_16")
         seconds += len(samples) / rate
+        texts.append(f"{sentence}\n")
         if seconds >= 60 * minutes:
+            (folder / f"{voice}.txt").write_text("".join(texts), "utf-8")
             return seconds
     raise AssertionError("the voices speak without end")
 

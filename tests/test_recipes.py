@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+import soundfile as sf
 from mlx.utils import tree_flatten
 from processes import PATHS, launch
 
@@ -25,9 +26,11 @@ from recipes import (
     corpus,
     evaluate_content,
     evaluate_pitch,
+    make_strangers,
     optimisation,
     phones,
     speakers,
+    strangers,
     text,
     train_content,
     train_pitch,
@@ -75,6 +78,9 @@ from rvc_mlx.models.rmvpe import GRU, RMVPE, RMVPEConfig
 from rvc_mlx.pitch import decode_salience
 from rvc_mlx.spectral import log_mel as host_log_mel
 from rvc_mlx.training.distributed import rank_of
+from rvc_mlx.training.features import extract_features
+from rvc_mlx.training.filelist import write_filelist
+from rvc_mlx.training.preprocess import preprocess
 
 RATE = 16000
 TINY_CONTENT = ContentVecConfig(
@@ -1074,3 +1080,72 @@ def test_recordings_of_slt_are_at_32_khz(tmp_path, monkeypatch):
 
     info = soundfile.info(tmp_path / "slt" / "0000.wav")
     assert (info.samplerate, info.channels) == (32000, 1)
+    texts = (tmp_path / "slt.txt").read_text().splitlines()
+    assert len(texts) == len(list((tmp_path / "slt").glob("*.wav")))
+    assert all(texts)
+
+
+# Strangers
+
+
+@pytest.fixture
+def said(rng):
+    """What is said, as logits ``[60, 16]``: each of 20 sounds for three frames."""
+    return 5 * rng.standard_normal((20, 16)).repeat(3, axis=0)
+
+
+def test_a_clip_is_found_in_what_a_slower_stranger_says(rng, said):
+    slow = said[np.arange(0, 60, 0.7).astype(int)]  # 86 frames
+    slow = slow + rng.standard_normal(slow.shape)
+    costs = strangers.disagreement(said[12:42], slow)
+    assert costs.shape == (30, 86)
+    assert (costs >= 0).all()
+    assert (costs <= 1).all()
+    places, cost = strangers.aligned(costs)
+    assert (np.diff(places) >= 0).all()
+    expected = np.arange(12, 42)
+    assert np.abs(0.7 * places - expected).max() <= 3  # anywhere in the same sound
+    assert cost < 0.1
+
+
+def test_somebody_who_says_something_else_is_told_from_that(rng, said):
+    other = 5 * rng.standard_normal((80, 16))
+    _, cost = strangers.aligned(strangers.disagreement(said, other))
+    assert cost > strangers.WORST
+
+
+def test_strangers_lie_beside_the_clips_and_are_listed(tmp_path, rng, said):
+    run, others = tmp_path / "run", tmp_path / "others"
+    sources = tmp_path / "recordings"
+    sources.mkdir()
+    others.mkdir()
+    for number in range(2):
+        noise = 0.1 * rng.standard_normal(2 * RATE)
+        sf.write(sources / f"{number:04d}.wav", noise, RATE)
+    sf.write(others / "0001.ogg", 0.1 * rng.standard_normal(RATE), RATE)
+    preprocess([sources], run, RATE, workers=1)
+
+    class StandIn:
+        path = sources / "0000.wav"  # whose hash names the features
+
+        def encode(self, audio, version):
+            assert version == "v2"
+            return said[:49].astype(np.float32)
+
+    def phones(features):
+        return features
+
+    extract_features(run, StandIn(), None, "v2")
+    assert strangers.add_strangers(run, others, StandIn(), phones) == 1
+    entries = write_filelist(run, mutes=0, f0=False)
+    names = sorted(entry.features.name for entry in entries)
+    assert names == ["0_0_0.npy", "0_1_0.npy", "0_1_0.stranger.npy"]
+    assert {entry.recording for entry in entries} == {"0_0", "0_1"}
+    (others / "0001.ogg").unlink()
+    with pytest.raises(FileNotFoundError, match="make_strangers"):
+        strangers.add_strangers(run, others, StandIn(), phones)
+
+
+def test_strangers_want_the_texts_of_the_recordings(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"VOICE\.txt"):
+        make_strangers.main([str(tmp_path), str(tmp_path / "out")])

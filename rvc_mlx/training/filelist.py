@@ -3,13 +3,16 @@
 ``filelist.txt`` holds ``wave|features|coarse pitch|pitch in Hz|speaker`` in each line, or
 ``wave|features|speaker`` without pitch; paths are relative to its folder, or absolute as
 other trainers write them.
+
+Features of a clip from elsewhere, such as of somebody else who says the same at the same
+time, may lie beside its own: ``extracted/0_12_3.ANYTHING.npy`` is an item more.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +78,14 @@ def write_filelist(
     folder = Path(folder).absolute()
     excluded = left_out(folder)
     names = [name for name in clip_names(folder) if name not in excluded]
-    entries = [
-        _entry(folder, folder / CLIPS / f"{name}.wav", name, f0) for name in names
-    ]
+    others: dict[str, list[Path]] = {}
+    for path in sorted((folder / FEATURES).glob("*.*.npy")):
+        others.setdefault(path.name.split(".")[0], []).append(path)
+    entries = []
+    for name in names:
+        own = _entry(folder, folder / CLIPS / f"{name}.wav", name, f0)
+        more = others.get(name, [])
+        entries += [own, *(replace(own, features=path) for path in more)]
     silence = folder / MUTE
     rate = read_json(folder / REPORT_JSON)["sample_rate"]
     for speaker in sorted({entry.speaker for entry in entries}):

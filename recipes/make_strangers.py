@@ -1,0 +1,73 @@
+"""Others who say what the target voices say: ``python -m recipes.make_strangers RECORDINGS OUT``.
+
+``OUT/slt/0012.ogg`` is the sentence of ``RECORDINGS/slt/0012`` in some voice of Kokoro that
+is not kept for tests, at 16 kHz. ``recipes.strangers`` makes features of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+
+from recipes import kokoro
+from recipes.exporting import write_provenance
+from recipes.speakers import KOKORO
+from rvc_mlx.audio import SAMPLE_RATE
+
+log = logging.getLogger("recipes")
+
+
+def say(sentence: str, path: Path, seed: int) -> float:
+    """Write one sentence unless it is there; its seconds."""
+    if path.is_file():
+        return 0.0
+    rng = np.random.default_rng([seed, zlib.crc32(str(path.name).encode())])
+    names = [speaker.voice for speaker in KOKORO if not speaker.test]
+    voice = names[rng.integers(len(names))]
+    accent = "en-gb" if voice[0] == "b" else "en-us"
+    style = kokoro.mixed_style(voice, rng, names)
+    spoken = kokoro.clauses(sentence, accent)
+    said = kokoro.kokoro().say(spoken, style, rng.uniform(0.8, 1.2), accent)
+    samples = said.at_16k()
+    partial = path.with_name(f".{path.name}")
+    level = 0.9 / max(0.9, float(np.abs(samples).max()))
+    sf.write(partial, level * samples, SAMPLE_RATE, format="OGG", subtype="VORBIS")
+    partial.replace(path)
+    return len(samples) / SAMPLE_RATE
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Speak all sentences."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recordings", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=6)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    texts = sorted(options.recordings.glob("*.txt"))
+    if not texts:
+        raise FileNotFoundError(
+            f"{options.recordings}: no VOICE.txt; recipes.make_recordings writes it"
+        )
+    write_provenance(options.folder, options.seed, kokoro.versions())
+    with ProcessPoolExecutor(options.workers) as pool:
+        for file in texts:
+            target = options.folder / file.stem
+            target.mkdir(parents=True, exist_ok=True)
+            jobs = [
+                pool.submit(say, line, target / f"{number:04d}.ogg", options.seed)
+                for number, line in enumerate(file.read_text("utf-8").splitlines())
+            ]
+            seconds = sum(job.result() for job in jobs)
+            log.info(f"{target}: {len(jobs)} sentences, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
