@@ -16,8 +16,8 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
-from safetensors.numpy import load_file
 from scipy.special import softmax
 
 from rvc_mlx.audio_io import load_audio
@@ -128,8 +128,10 @@ def add_strangers(
 
 def read_head(path: Path) -> Phones:
     """The phone classifier that ``train_content`` writes beside the encoder."""
-    head = load_file(path)
-    weight, bias = head["weight"].astype(np.float32), head["bias"].astype(np.float32)
+    head = mx.load(str(path))
+    weight, bias = (
+        np.array(head[name].astype(mx.float32)) for name in ("weight", "bias")
+    )
     return lambda features: features @ weight.T + bias
 
 
