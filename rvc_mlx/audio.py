@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import soxr
-from scipy import fft
 
 from .machine import in_parallel
 from .spool import Spool
@@ -130,7 +129,7 @@ def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> S
     Raises:
         ValueError: if the spool is empty.
     """
-    from scipy import signal
+    from scipy import fft, signal
 
     b, a, steady, padding = _high_pass_design()
     count = len(source)
