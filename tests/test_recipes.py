@@ -80,6 +80,7 @@ from rvc_mlx.spectral import log_mel as host_log_mel
 from rvc_mlx.training.distributed import rank_of
 from rvc_mlx.training.features import extract_features
 from rvc_mlx.training.filelist import write_filelist
+from rvc_mlx.training.index import read_features
 from rvc_mlx.training.preprocess import preprocess
 
 RATE = 16000
@@ -1141,6 +1142,7 @@ def test_strangers_lie_beside_the_clips_and_are_listed(tmp_path, rng, said):
     names = sorted(entry.features.name for entry in entries)
     assert names == ["0_0_0.npy", "0_1_0.npy", "0_1_0.stranger.npy"]
     assert {entry.recording for entry in entries} == {"0_0", "0_1"}
+    assert len(read_features(run)) == 2 * 49  # an index is of the voice alone
     (others / "0001.ogg").unlink()
     with pytest.raises(FileNotFoundError, match="make_strangers"):
         strangers.add_strangers(run, others, StandIn(), phones)

@@ -83,14 +83,20 @@ def build_index(
 def read_features(folder: str | Path) -> np.ndarray:
     """All features of a voice in training, by name: ``[n, C]`` float32.
 
+    Of a run's folder those of its clips; what lies beside them (see ``filelist``) is
+    somebody else's.
+
     Raises:
         FileNotFoundError: there are none.
         ValueError: a file is damaged, or they differ in width.
     """
     folder = Path(folder)
-    if (folder / FEATURES).is_dir():
+    of_run = (folder / FEATURES).is_dir()
+    if of_run:
         folder /= FEATURES
-    paths = sorted(folder.glob("*.npy"))
+    paths = sorted(
+        path for path in folder.glob("*.npy") if not (of_run and "." in path.stem)
+    )
     if not paths:
         raise FileNotFoundError(
             f"{folder}: no features (.npy) in this folder; run the extraction first"
