@@ -10,6 +10,7 @@ from typing import Any
 from recipes.exporting import PROVENANCE, corpus_facts
 from recipes.make_recordings import SPEAKERS_OF
 from recipes.speakers import ENGINE_PACKAGES, SPEAKERS
+from recipes.strangers import STRANGERS
 from rvc_mlx.checkpoint import hash_file
 from rvc_mlx.training.features import SETTINGS
 from rvc_mlx.training.files import read_json
@@ -93,6 +94,15 @@ def _facts(name: str, folder: Path, recordings: Path) -> dict[str, Any]:
     used = {*ENGINE_PACKAGES[speaker.engine], speaker.package}
     versions = facts["packages"].split()
     facts["packages"] = " ".join(v for v in versions if v.split("=")[0] in used)
+    if (folder / STRANGERS).is_file():
+        packages = read_json(folder / STRANGERS)["packages"]
+        named = {
+            k: v
+            for k, v in packages.items()
+            if k.startswith("kokoro") or k == "espeak-ng"
+        }
+        facts["strangers"] = "the same sentences by voices of Kokoro-82M (Apache-2.0): "
+        facts["strangers"] += " ".join(f"{k}={v}" for k, v in sorted(named.items()))
     plan = read_json(folder / RUN)
     start = "; ".join(plan.get("started_from", ()))
     facts |= {"started_from": start} if start else {}

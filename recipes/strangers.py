@@ -20,11 +20,12 @@ import mlx.core as mx
 import numpy as np
 from scipy.special import softmax
 
+from recipes.exporting import PROVENANCE
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, read_weights
 from rvc_mlx.training.features import FEATURES, extract_features, left_out
-from rvc_mlx.training.files import read_json, write_array
+from rvc_mlx.training.files import read_json, write_array, write_json
 from rvc_mlx.training.preprocess import clip_names, preprocess
 from rvc_mlx.training.recordings import PLAN
 
@@ -34,6 +35,7 @@ Phones = Callable[[np.ndarray], np.ndarray]
 
 # Frames that the stranger moves on by during one of the clip, each with its cost.
 _STEPS = ((0, 0.05), (1, 0.0), (2, 0.05), (3, 0.15))
+STRANGERS = "strangers.json"  # in a run's folder: what they were made with
 _VERSION = "v2"  # of the bundled voices
 _LEAST = 1e-3  # likelihood of two frames of different phones
 WORST = 0.3  # mean disagreement of a pair that is not taken: they say something else
@@ -85,7 +87,8 @@ def add_strangers(
 
     Args:
         folder: of the run, its features extracted.
-        strangers: a file per recording, of its name, ``.ogg``.
+        strangers: a file per recording, of its name, ``.ogg``; what they were made with
+            stands beside this folder.
         encoder: that made the features.
         phones: features ``[F, C]`` to logits.
 
@@ -93,8 +96,10 @@ def add_strangers(
         How many clips have some.
 
     Raises:
-        FileNotFoundError: no recording has a stranger.
+        FileNotFoundError: no recording has a stranger, or what they were made with is
+            not told.
     """
+    made_with = read_json(strangers.parent / PROVENANCE)
     told = read_json(folder / PLAN)["recordings"]
     stems = {recording["name"]: Path(recording["source"]).stem for recording in told}
 
@@ -119,6 +124,7 @@ def add_strangers(
             f"{strangers}: none of the recordings is there as .ogg; recipes.make_strangers "
             "makes them"
         )
+    write_json(folder / STRANGERS, {**made_with, "clips": found})
     log.info(
         f"{folder}: {found} of {len(differences)} clips, disagreement "
         f"{np.median(differences):.2f} (median), {max(differences):.2f} at most"

@@ -8,6 +8,7 @@ import pytest
 from stand_ins import write_run, write_stand_ins
 
 from recipes import bundle
+from recipes.bundle_runs import find_run
 from rvc_mlx.bundled_models import NETWORKS
 from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
 from rvc_mlx.retrieval import read_index
@@ -255,3 +256,14 @@ def test_a_report_about_another_voice_is_refused(made, tmp_path, caplog):
     line = [*words(made, tmp_path / "into"), "--metrics", str(path)]
     assert bundle.main(line) == 1
     assert "judges bob, which is not to be bundled" in caplog.text
+
+
+def test_a_voice_that_heard_strangers_says_so(made, tmp_path):
+    run = tmp_path / "slt"
+    shutil.copytree(made.slt, run)
+    packages = {"kokoro-js": "1.2", "espeak-ng": "1.5", "festival": "2"}
+    (run / "strangers.json").write_text(json.dumps({"packages": packages, "clips": 3}))
+    networks = {"features": made.encoder, "pitch": made.rmvpe}
+    facts = find_run("slt", run, networks, made.recordings).facts
+    assert facts["strangers"].endswith(" (Apache-2.0): espeak-ng=1.5 kokoro-js=1.2")
+    assert "strangers" not in find_run("slt", made.slt, networks, made.recordings).facts

@@ -1137,7 +1137,12 @@ def test_strangers_lie_beside_the_clips_and_are_listed(tmp_path, rng, said):
         return features
 
     extract_features(run, StandIn(), None, "v2")
+    with pytest.raises(FileNotFoundError, match="provenance"):
+        strangers.add_strangers(run, others, StandIn(), phones)
+    (tmp_path / "provenance.json").write_text('{"packages": {"kokoro-js": "1"}}')
     assert strangers.add_strangers(run, others, StandIn(), phones) == 1
+    told = json.loads((run / "strangers.json").read_text())
+    assert told == {"packages": {"kokoro-js": "1"}, "clips": 1}
     entries = write_filelist(run, mutes=0, f0=False)
     names = sorted(entry.features.name for entry in entries)
     assert names == ["0_0_0.npy", "0_1_0.npy", "0_1_0.stranger.npy"]
