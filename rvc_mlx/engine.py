@@ -48,7 +48,8 @@ _DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 _KEPT_KERNELS, _KEPT_PRIMITIVES = 0, "16"
 _BATCHES = 64  # times that the largest array of a batch would fit into a GPU
 _LARGEST_BATCH = 1 << 29  # bytes of that array; more together gain nothing
-_QUEUED = 4 << 30  # bytes of arrays beside the weights that a GPU is to work on
+_QUEUES = 8  # times that the arrays beside the weights that are queued would fit
+_LONGEST_QUEUE = 8 << 30  # bytes of them; a GPU is not faster for more
 _INDEXES = 8  # times that the largest index searched there would
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
 
@@ -117,7 +118,8 @@ class MLXEngine:
         self.device = describe_device(device)
         memory = _gpu_memory(device)
         self.batch_bytes = min(memory // _BATCHES, _LARGEST_BATCH)
-        self.resident = 0  # bytes of weights
+        self._queued = min(memory // _QUEUES, _LONGEST_QUEUE)
+        self._resident = 0  # bytes of weights
         self._index_bytes = memory // _INDEXES
 
     def bind(self, seam: Seam) -> Run:
@@ -179,18 +181,18 @@ class _MLXRun:
             if not self._steps:
                 steps = self._seam.build(self._dtype)
                 self._steps.extend(map(engine._prepared, steps))
-                engine.resident = mx.get_active_memory()
+                engine._resident = mx.get_active_memory()
             result = [_as_input(array, self._dtype) for array in arrays]
             for step in self._steps:
                 result = [step(*result)]
             output = result[0].astype(mx.float32)
-            with _queue_limit(engine.resident):
+            with _memory_limit(engine._resident + engine._queued):
                 mx.async_eval(output)
             return output
 
 
 @contextmanager
-def _queue_limit(resident: int) -> Iterator[None]:
+def _memory_limit(limit: int) -> Iterator[None]:
     """What is queued on CUDA meanwhile waits where its arrays would take too much.
 
     Otherwise MLX makes the arrays of a whole network before the first is computed.
@@ -198,7 +200,7 @@ def _queue_limit(resident: int) -> Iterator[None]:
     if not mx.cuda.is_available():
         yield
         return
-    before = mx.set_memory_limit(resident + _QUEUED)
+    before = mx.set_memory_limit(limit)
     try:
         yield
     finally:

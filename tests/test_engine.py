@@ -71,19 +71,20 @@ def limits(monkeypatch):
     monkeypatch.setattr(mx, "set_memory_limit", set_limit)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "get_active_memory", lambda: 1000)
+    monkeypatch.setattr(module, "_gpu_memory", lambda _: 16 << 30)
     return seen
 
 
 def test_a_gpus_queue_is_bounded_while_a_step_is_queued(limits):
     run = MLXEngine(mx.Device(mx.cpu), "f32").bind(seam(Counted()))
     np.testing.assert_allclose(run(*INPUTS), EXPECTED, rtol=1e-5, atol=1e-5)
-    assert limits == [1 << 40, 1000 + module._QUEUED, 1 << 40]
+    assert limits == [1 << 40, 1000 + (2 << 30), 1 << 40]
 
 
 def test_the_limit_is_put_back_when_a_step_fails(limits):
-    with pytest.raises(MemoryError), module._queue_limit(7):
+    with pytest.raises(MemoryError), module._memory_limit(7):
         raise MemoryError
-    assert limits == [1 << 40, 7 + module._QUEUED, 1 << 40]
+    assert limits == [1 << 40, 7, 1 << 40]
 
 
 @pytest.mark.parametrize(
