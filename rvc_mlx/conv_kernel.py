@@ -353,9 +353,20 @@ def supports(channels: int, taps: int, dtype: mx.Dtype) -> bool:
     return int(capability) in (9, 10) and fits
 
 
-def default_tile(channels: int, dtype: mx.Dtype) -> Tile:
-    """The tile for this many channels; two blocks fit a multiprocessor."""
-    return candidate_tiles(channels, dtype)[0]
+def default_tile(
+    channels: int, products: mx.Dtype, dtype: mx.Dtype | None = None
+) -> Tile:
+    """The tile for this many channels; two blocks fit a multiprocessor.
+
+    Args:
+        channels: of the convolution.
+        products: the type in which they are multiplied.
+        dtype: of the arrays, if another.
+    """
+    tiles = candidate_tiles(channels, products)
+    if channels < 128 or dtype in (None, products):
+        return tiles[0]
+    return tiles[-1 if channels == 256 else -2]  # loads weigh more
 
 
 def candidate_tiles(channels: int, dtype: mx.Dtype) -> list[Tile]:
@@ -368,6 +379,8 @@ def candidate_tiles(channels: int, dtype: mx.Dtype) -> list[Tile]:
             Tile(2, 2, 4, 8, wide, narrow, 3),
             Tile(2, 2, 4, 8, narrow, narrow, 3),
             Tile(2, 2, 2, 8, wide, narrow, 3),
+            Tile(2, 4, 4, 4, narrow, narrow, 3, 4),
+            Tile(4, 2, 2, 8, wide, narrow, 3, 4),
         ]
     if channels == 64:
         return [
@@ -416,7 +429,7 @@ def pack_weight(
         bits = w.astype(mx.float32).view(mx.uint32)
         w = ((bits + 0x1000) & 0xFFFFE000).view(mx.float32)
     w = mx.contiguous(w.astype(products))
-    return PackedWeight(w, tile or default_tile(C, products))
+    return PackedWeight(w, tile or default_tile(C, products, dtype))
 
 
 def fused_conv(
