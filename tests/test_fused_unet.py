@@ -67,4 +67,7 @@ def test_the_kernel_equals_plain_operations(dtype, beside):
     more = (shortcut, offset) if beside else ()
     found = fused_unet.rectified(x, bias, *more)
     assert found.dtype == dtype
-    assert mx.array_equal(found, plain(x, bias, *more))
+    # Sums in another order; in half precision rounded once.
+    tolerance = 1e-6 if dtype == mx.float32 else 1e-2
+    expected = plain(x, bias, *more).astype(mx.float32)
+    assert mx.allclose(found.astype(mx.float32), expected, tolerance, tolerance)
