@@ -364,7 +364,7 @@ def default_tile(
         dtype: of the arrays, if another.
     """
     tiles = candidate_tiles(channels, products)
-    if channels < 128 or dtype in (None, products):
+    if channels < 128 or dtype is None or dtype == products:
         return tiles[0]
     return tiles[-1 if channels == 256 else -2]  # loads weigh more
 
