@@ -134,7 +134,7 @@ class BenchFiles:
 
     Attributes:
         voice: file or name of the voice.
-        index: its index; None for a bundled voice's own.
+        index: its index, or None.
         encoder: content encoder; None for the one that the voice names.
         rmvpe: pitch network; None for the one that the voice names.
     """

@@ -46,12 +46,13 @@ def choose_voice(
     """The files of a voice that is given by name or as a file.
 
     A file goes before a bundled voice of the same name, and a line in the log tells
-    that there are both.
+    that there are both. The bundled voices have heard strangers' features in training and
+    are understood better without their indexes, so these must be asked for.
 
     Args:
         voice: a file, or one of ``VOICES``.
-        index: its index; None for the one that a bundled voice brings along, "" for
-            none.
+        index: its index: a file, or one of ``VOICES`` for the bundled voice's; None or ""
+            for none.
 
     Returns:
         The voice's file, and its index or None.
@@ -61,6 +62,8 @@ def choose_voice(
     """
     path, name = Path(voice), str(voice)
     given = Path(index) if index else None
+    if str(index) in VOICES and not Path(str(index)).is_file():
+        given = bundled_index(str(index))
     if name not in VOICES:
         if not path.exists():
             raise FileNotFoundError(
@@ -81,4 +84,4 @@ def choose_voice(
             "name the file in it to get that one",
             name,
         )
-    return bundled_voice(name), bundled_index(name) if index is None else given
+    return bundled_voice(name), given

@@ -23,7 +23,6 @@ from rvc_mlx.bundled_models import (
     DEMO_VOICE,
     SPEECH,
     VOICES,
-    bundled_index,
     bundled_voice,
 )
 from rvc_mlx.options import ConversionOptions
@@ -165,8 +164,7 @@ def _add_convert(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "-i", "--index", "--index-path", metavar="FILE",
-        help="the voice's .index file (default: a bundled voice's own, else none; "
-        '"" for none)',
+        help="the voice's .index file, or the name of a bundled one (default: none)",
     )  # fmt: skip
     parser.add_argument(
         "--encoder", "--embedder-model-custom", metavar="FILE",
@@ -650,7 +648,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     )
     words = ["convert", str(SPEECH), "-o", arguments.output]
     words += ["--voice", str(bundled_voice(DEMO_VOICE))]
-    words += ["--index", str(bundled_index(DEMO_VOICE))]
     words += ["--device", arguments.device, "--precision", arguments.precision]
     words += ["--force"] if arguments.force else []
     parsed = build_parser().parse_args(words)

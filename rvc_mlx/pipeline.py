@@ -284,8 +284,7 @@ def load(
     Args:
         voice: an RVC voice: ``.pth``, ``.safetensors`` or ``.npz``, or the name of a
             bundled one.
-        index: its ``.index`` file; None for the one that a bundled voice brings along,
-            and for no retrieval with other voices; "" for none.
+        index: its ``.index`` file, or the name of a bundled one; None for no retrieval.
         encoder: content encoder; None finds the bundled or downloaded one that the
             voice names.
         rmvpe: pitch network; None finds the one that the voice names, likewise.
