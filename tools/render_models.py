@@ -40,6 +40,7 @@ FACTS = {  # metadata to what a person calls it, in this order
     "packages": "made by the packages",
     "licences_of_voices": "licences of the speakers' voices",
     "seed": "seed",
+    "strangers": "strangers heard in training",
     "started_from": "started from",
     "steps": "steps",
     "step": "steps",
