@@ -109,6 +109,8 @@ def add_strangers(
 
     found, differences = 0, []
     for name in clip_names(folder):
+        target = folder / FEATURES / f"{name}.stranger.npy"
+        target.unlink(missing_ok=True)  # of an earlier call
         path = strangers / f"{stems[name.rpartition('_')[0]]}.ogg"
         if name in left_out(folder) or not path.is_file():
             continue
@@ -117,7 +119,7 @@ def add_strangers(
         places, difference = aligned(disagreement(own, phones(other)))
         differences.append(difference)
         if difference < WORST:
-            write_array(folder / FEATURES / f"{name}.stranger.npy", other[places])
+            write_array(target, other[places])
             found += 1
     if not differences:
         raise FileNotFoundError(

@@ -12,6 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,7 +39,12 @@ struct bfloat16 {
     unsigned short bits;
     bfloat16() = default;
     explicit __device__ __forceinline__ bfloat16(float v) {
+#if __CUDA_ARCH__ >= 800
         asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(v));
+#else
+        const unsigned u = __float_as_uint(v);
+        bits = v != v ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16;
+#endif
     }
     __device__ __forceinline__ operator float() const {
         return __uint_as_float((unsigned)bits << 16);
@@ -198,17 +204,27 @@ def _compiled(
     digest = hashlib.sha256(f"{architecture} {text}".encode()).hexdigest()[:16]
     symbol = f"{kernel.name}_{digest}"
     path = cache_folder() / "compiled" / "cuda" / f"{symbol}.cubin"
-    if path.is_file():
-        return symbol, path.read_bytes()
+    with suppress(OSError, ValueError):
+        return symbol, _unsealed(path.read_bytes())
     code = compile_source(text.replace(_NAME, symbol), architecture)
+    partial = path.with_name(f".{symbol}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{symbol}.{os.getpid()}")
-        partial.write_bytes(code)
+        partial.write_bytes(hashlib.sha256(code).digest() + code)
         os.replace(partial, path)
     except OSError as error:
         log.info("%s: not kept for the next start: %s", path, error)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
     return symbol, code
+
+
+def _unsealed(kept: bytes) -> bytes:
+    """What is on disk without its digest; ValueError if it is damaged."""
+    digest, code = kept[:32], kept[32:]
+    if hashlib.sha256(code).digest() != digest:
+        raise ValueError("the machine code is damaged")
+    return code
 
 
 @cache

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -52,6 +53,8 @@ _QUEUES = 8  # times that the arrays beside the weights that are queued would fi
 _LONGEST_QUEUE = 8 << 30  # bytes of them; a GPU is not faster for more
 _INDEXES = 8  # times that the largest index searched there would
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
+
+_LIMIT = Lock()  # MLX has one limit of memory for all threads
 
 Step = Callable[..., mx.array]
 
@@ -119,7 +122,7 @@ class MLXEngine:
         memory = _gpu_memory(device)
         self.batch_bytes = min(memory // _BATCHES, _LARGEST_BATCH)
         self._queued = min(memory // _QUEUES, _LONGEST_QUEUE)
-        self._resident = 0  # bytes of weights
+        self._resident = 0  # bytes in use when the last network was loaded
         self._index_bytes = memory // _INDEXES
 
     def bind(self, seam: Seam) -> Run:
@@ -141,6 +144,17 @@ class MLXEngine:
         return lambda features, rate, exact: searched.blend(
             mx.array(features), rate, exact=exact
         )
+
+    def _begin(self, output: mx.array) -> None:
+        """Queue a result's computation.
+
+        On CUDA MLX would make the arrays of a whole network before the first is computed.
+        """
+        if self._queued and mx.cuda.is_available():
+            with _memory_limit(self._resident + self._queued):
+                mx.async_eval(output)
+        else:
+            mx.async_eval(output)
 
     def _log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
         with mx.stream(self._device):
@@ -186,25 +200,19 @@ class _MLXRun:
             for step in self._steps:
                 result = [step(*result)]
             output = result[0].astype(mx.float32)
-            with _memory_limit(engine._resident + engine._queued):
-                mx.async_eval(output)
+            engine._begin(output)
             return output
 
 
 @contextmanager
 def _memory_limit(limit: int) -> Iterator[None]:
-    """What is queued on CUDA meanwhile waits where its arrays would take too much.
-
-    Otherwise MLX makes the arrays of a whole network before the first is computed.
-    """
-    if not mx.cuda.is_available():
-        yield
-        return
-    before = mx.set_memory_limit(limit)
-    try:
-        yield
-    finally:
-        mx.set_memory_limit(before)
+    """What is queued meanwhile waits where all arrays would take more than ``limit``."""
+    with _LIMIT:
+        before = mx.set_memory_limit(limit)
+        try:
+            yield
+        finally:
+            mx.set_memory_limit(before)
 
 
 def _as_input(array: Array, dtype: mx.Dtype) -> mx.array:

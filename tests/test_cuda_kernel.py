@@ -33,7 +33,7 @@ needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC")
 def convolutions():
     for dtype, products in [*((d, d) for d in conv_kernel.DTYPES), (F32, F16)]:
         for channels in conv_kernel.CHANNELS:
-            tile = conv_kernel.default_tile(channels, products)
+            tile = conv_kernel.default_tile(channels, products, dtype)
             constants = conv_kernel._constants(dtype, products, channels, tile)
             inputs = (dtype, products, F32, dtype, dtype)
             yield conv_kernel._KERNEL, inputs, (dtype,), constants
@@ -67,6 +67,13 @@ def compiles(kernel, inputs, outputs, constants, architecture):
 @pytest.mark.parametrize("case", [*convolutions(), *others()])
 def test_every_kernel_compiles_for_an_h100(case):
     compiles(*case, "sm_90")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_the_pitch_nets_kernel_compiles_for_older_gpus(dtype):
+    constants = {"T": dtype, "PACK": fused_unet._PACK}
+    compiles(fused_unet._KERNEL, (dtype, F32, dtype, F32), (dtype,), constants, "sm_75")
 
 
 @needs_nvrtc
@@ -128,6 +135,18 @@ def test_a_kernel_is_compiled_once_for_all_processes(compiler, tmp_path):
     assert len(compiler) == 1
     folder = tmp_path / "compiled" / "cuda"
     assert [path.name for path in folder.iterdir()] == [f"{symbol}.cubin"]
+
+
+@pytest.mark.parametrize("left", [b"", b"half of it"])
+def test_a_damaged_file_is_made_again(compiler, tmp_path, left):
+    symbol, _ = compiled()
+    [path] = (tmp_path / "compiled" / "cuda").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(left)
+    cuda_kernel._compiled.cache_clear()
+    assert compiled() == (symbol, b"code")
+    assert path.read_bytes() == whole
+    assert len(compiler) == 2
 
 
 def test_each_set_of_constants_and_each_gpu_has_its_own(compiler):

@@ -81,6 +81,13 @@ def test_a_gpus_queue_is_bounded_while_a_step_is_queued(limits):
     assert limits == [1 << 40, 1000 + (2 << 30), 1 << 40]
 
 
+def test_a_cpu_has_no_limit(limits, monkeypatch):
+    monkeypatch.setattr(module, "_gpu_memory", lambda _: 0)
+    run = MLXEngine(mx.Device(mx.cpu), "f32").bind(seam(Counted()))
+    np.testing.assert_allclose(run(*INPUTS), EXPECTED, rtol=1e-5, atol=1e-5)
+    assert limits == [1 << 40]
+
+
 def test_the_limit_is_put_back_when_a_step_fails(limits):
     with pytest.raises(MemoryError), module._memory_limit(7):
         raise MemoryError

@@ -12,6 +12,7 @@ import sys
 import time
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -832,6 +833,13 @@ def test_hold_out_never_splits_a_recording():
     one = [entry(f"0_0_{j}") for j in (2, 11, 0, 1, 10)]
     assert hold_out(one, 0.2) == ([one[0], one[2], one[3]], [one[1]])
     assert hold_out(one[:2], 0.5) == (one[:2], [])
+    # Other features of a clip go where it goes.
+    both = [e for clip in one for e in (clip, replace(clip, features=Path("x.y.npy")))]
+    train, aside = hold_out(both, 0.2)
+    assert ([e.wave.stem for e in train], [e.wave.stem for e in aside]) == (
+        ["0_0_2", "0_0_2", "0_0_0", "0_0_0", "0_0_1", "0_0_1"],
+        ["0_0_11", "0_0_11"],
+    )
 
 
 # Batches ------------------------------------------------------------------------------

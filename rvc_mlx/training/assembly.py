@@ -191,7 +191,8 @@ def _validator(
 
 
 def _keeper(folder: Path, plan: Plan, data: TrainingSet, only_latest: bool) -> Keeper:
-    frames = sum(item.frames for item in data.items)
+    # Each stretch of sound once, whatever number of features it has.
+    frames = sum({(i.entry.wave, i.first): i.frames for i in data.items}.values())
     facts = VoiceFacts(
         plan.name,
         author=plan.author,

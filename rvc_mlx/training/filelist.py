@@ -198,12 +198,13 @@ def hold_out(
 def _hold_out_end(
     entries: Sequence[Entry], clips: list[Entry], share: float
 ) -> tuple[list[Entry], list[Entry]]:
-    wanted = max(1, round(share * len(clips)))
-    aside, between = set(clips[-wanted:]), set(clips[-wanted - 1 : -wanted])
-    train = [entry for entry in entries if entry not in aside | between]
+    waves = list(dict.fromkeys(entry.wave for entry in clips))
+    wanted = max(1, round(share * len(waves)))
+    aside, between = set(waves[-wanted:]), set(waves[-wanted - 1 : -wanted])
+    train = [entry for entry in entries if entry.wave not in aside | between]
     if not any(entry.recording != "mute" for entry in train):
         return list(entries), []
-    return train, [entry for entry in entries if entry in aside]
+    return train, [entry for entry in entries if entry.wave in aside]
 
 
 def _number(entry: Entry) -> int:

@@ -91,9 +91,9 @@ def read_features(folder: str | Path) -> np.ndarray:
         ValueError: a file is damaged, or they differ in width.
     """
     folder = Path(folder)
-    of_run = (folder / FEATURES).is_dir()
-    if of_run:
+    if (folder / FEATURES).is_dir():
         folder /= FEATURES
+    of_run = folder.name == FEATURES
     paths = sorted(
         path for path in folder.glob("*.npy") if not (of_run and "." in path.stem)
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from rvc_mlx.checkpoint import hash_file
 from rvc_mlx.download import locate
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.loading import Encoder, Engine, PitchNet, find_weights, read_weights
@@ -99,6 +100,8 @@ def hash_data(folder: Path, entries: Sequence[Entry]) -> str:
     for entry in entries:
         line = f"{entry.wave.name} {entry.wave.stat().st_size} {entry.speaker}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
+        if "." in entry.features.stem:  # from elsewhere, see ``filelist``
+            digest.update(hash_file(entry.features).encode())
     settings = folder / features.SETTINGS
     if settings.is_file():
         digest.update(settings.read_bytes())
