@@ -123,10 +123,10 @@ def recorded_softmax(library: Any) -> Iterator[dict[str, list[Any]]]:
 
 
 def _ours_kept(attend: Callable[[Any], Any], x: Any, name: str) -> Any:
-    """``[B, H, T, T]`` of our heads, which come one by one and with padded keys."""
+    """``[B, H, T, T]`` of ours, which come with padded keys."""
     with recorded_softmax(mx) as kept:
         attend(x)
-    return mx.stack(kept[name], axis=1)[..., RELATIVE_WINDOW:-RELATIVE_WINDOW]
+    return kept[name][0][..., RELATIVE_WINDOW:-RELATIVE_WINDOW]
 
 
 def _theirs_kept(attend: Callable[[Any], Any], x: Any, name: str) -> Any:

@@ -22,6 +22,8 @@ from rvc_mlx.loading import PitchNet, read_weights
 SMALL_MODEL = common.ROOT / "tests" / "small_models" / "rmvpe.pt"
 FULL_CHUNK = 2 * pitch.CHUNK_CONTEXT + 576  # frames
 MAX_CENTS, MEAN_CENTS = 0.01, 0.001  # at every frame; on average
+# Of salience: a frame that is nearer to the threshold may be voiced by rounding alone.
+ROUNDING = 1e-5
 
 
 @cache
@@ -36,13 +38,19 @@ def _net(path: Path) -> PitchNet:
     return PitchNet(read_weights(path, "rmvpe"), _sides().engine)
 
 
-def _estimate(path: Path, audio: np.ndarray, chunk: int) -> np.ndarray:
+def _estimate(
+    path: Path,
+    audio: np.ndarray,
+    chunk: int,
+    threshold: float = pitch.VOICING_THRESHOLD,
+) -> np.ndarray:
     net = _net(path)
     return pitch.estimate_f0(
         net.salience,
         lambda start, stop: audio[start:stop],
         len(audio),
         net.config.n_mels,
+        threshold,
         frames_multiple=net.frames_multiple,
         chunk_frames=chunk,
     )
@@ -55,7 +63,12 @@ def _audio(frames: int) -> np.ndarray:
 def _check(path: Path, frames: int, chunk: int) -> None:
     """Chunked equals unchunked at every frame."""
     audio = _audio(frames)
-    whole = _estimate(path, audio, 32 * (frames // 32 + 1))
+    longest = 32 * (frames // 32 + 1)
+    whole = _estimate(path, audio, longest)
+    low, high = (
+        _estimate(path, audio, longest, pitch.VOICING_THRESHOLD + off) > 0
+        for off in (-ROUNDING, ROUNDING)
+    )
     chunked = _estimate(path, audio, chunk)
     assert len(whole) == len(chunked) == frames, (len(whole), len(chunked))
     facts = common.difference_f0(chunked, whole)
@@ -64,7 +77,9 @@ def _check(path: Path, frames: int, chunk: int) -> None:
         f"mean {facts['mean_cents']:.1e} cents, voicing {facts['voicing_agreement']}"
     )
     assert 0.1 < facts["voiced"] < 0.95, facts
-    assert facts["voicing_agreement"] == 1, facts
+    differ = np.flatnonzero((whole > 0) != (chunked > 0))
+    assert (low != high)[differ].all(), (facts, differ)
+    assert len(differ) <= 2, facts
     assert facts["max_cents"] <= MAX_CENTS, facts
     assert facts["mean_cents"] <= MEAN_CENTS, facts
 
