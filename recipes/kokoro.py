@@ -88,6 +88,11 @@ def voice_names(folder: Path) -> list[str]:
     return names
 
 
+def english(voice: str) -> str:
+    """espeak-ng's name of the English that a voice speaks."""
+    return "en-gb" if voice[0] == "b" else "en-us"
+
+
 def versions() -> dict[str, str]:
     """Versions of the packages that hold the network and the voices, as far as known."""
     found = {}
@@ -174,6 +179,7 @@ class Kokoro:
         self._folder = voice_folder()
         self._styles: dict[str, np.ndarray] = {}
         self.names = voice_names(self._folder)
+        self.trained = [name for name in self.names if name not in HELD_OUT]
 
     def style(self, voice: str) -> np.ndarray:
         """``[510, 256]``: the style for each number of symbols."""

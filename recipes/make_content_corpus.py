@@ -117,15 +117,14 @@ def _espeak(speaker: Speaker, rng: np.random.Generator, words) -> Iterator[Clip]
 
 def _kokoro(speaker: Speaker, rng: np.random.Generator, words) -> Iterator[Clip]:
     voice, engine = speaker.voice, kokoro.kokoro()
-    others = [n for n in engine.names if n not in kokoro.HELD_OUT]
     own = kokoro.LANGUAGES.get(voice[0])
     if own and rng.random() < 0.3:
         accent, sentence = own, text.invented_sentences(1, rng)[0]
     else:
-        accent = "en-gb" if voice[0] == "b" else "en-us"
+        accent = kokoro.english(voice)
         sentence = text.sentences(1, rng, words)[0]
     share = 0.0 if speaker.test else 0.6
-    style = kokoro.mixed_style(voice, rng, others, share)
+    style = kokoro.mixed_style(voice, rng, engine.trained, share)
     spoken = kokoro.clauses(sentence, accent)
     yield _clip(engine.say(spoken, style, rng.uniform(0.75, 1.3), accent))
 

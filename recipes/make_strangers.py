@@ -17,7 +17,6 @@ import soundfile as sf
 
 from recipes import kokoro
 from recipes.exporting import write_provenance
-from recipes.speakers import KOKORO
 from rvc_mlx.audio import SAMPLE_RATE
 
 log = logging.getLogger("recipes")
@@ -27,13 +26,13 @@ def say(sentence: str, path: Path, seed: int) -> float:
     """Write one sentence unless it is there; its seconds."""
     if path.is_file():
         return 0.0
-    rng = np.random.default_rng([seed, zlib.crc32(str(path.name).encode())])
-    names = [speaker.voice for speaker in KOKORO if not speaker.test]
-    voice = names[rng.integers(len(names))]
-    accent = "en-gb" if voice[0] == "b" else "en-us"
-    style = kokoro.mixed_style(voice, rng, names)
+    rng = np.random.default_rng([seed, zlib.crc32(path.name.encode())])
+    engine = kokoro.kokoro()
+    voice = engine.trained[rng.integers(len(engine.trained))]
+    accent = kokoro.english(voice)
+    style = kokoro.mixed_style(voice, rng, engine.trained)
     spoken = kokoro.clauses(sentence, accent)
-    said = kokoro.kokoro().say(spoken, style, rng.uniform(0.8, 1.2), accent)
+    said = engine.say(spoken, style, rng.uniform(0.8, 1.2), accent)
     samples = said.at_16k()
     partial = path.with_name(f".{path.name}")
     level = 0.9 / max(0.9, float(np.abs(samples).max()))

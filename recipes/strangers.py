@@ -107,12 +107,12 @@ def add_strangers(
     def heard(path: Path) -> np.ndarray:
         return encoder.encode(load_audio(path), _VERSION)
 
-    found, differences = 0, []
+    found, differences, excluded = 0, [], left_out(folder)
     for name in clip_names(folder):
         target = folder / FEATURES / f"{name}.stranger.npy"
         target.unlink(missing_ok=True)  # of an earlier call
         path = strangers / f"{stems[name.rpartition('_')[0]]}.ogg"
-        if name in left_out(folder) or not path.is_file():
+        if name in excluded or not path.is_file():
             continue
         own = phones(np.load(folder / FEATURES / f"{name}.npy"))
         other = heard(path)

@@ -6,6 +6,7 @@ audio costs no more memory than a minute. Loudness is in ``loudness``, files are
 """
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 
 import numpy as np
 import soxr
@@ -65,6 +66,7 @@ def _high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     return b, a, signal.lfilter_zi(b, a), 3 * max(len(a), len(b))
 
 
+@cache
 def _high_pass_power(n: int) -> np.ndarray:
     """Squared gain of the filter at the frequencies of ``n`` samples' spectrum.
 
@@ -140,13 +142,11 @@ def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> S
     def run(x: np.ndarray) -> np.ndarray:
         return signal.lfilter(b, a, x, zi=steady * x[0])[0]
 
-    power = _high_pass_power(block + 2 * _SETTLED)
-
     def filtered(start: int) -> np.ndarray:
         stop = min(start + block, count)
         if start >= _SETTLED and start + block + _SETTLED <= count:
             x = source.read(start - _SETTLED, stop + _SETTLED).astype(np.float64)
-            y = fft.irfft(power * fft.rfft(gain * x), len(x))
+            y = fft.irfft(_high_pass_power(len(x)) * fft.rfft(gain * x), len(x))
             return y[_SETTLED : _SETTLED + block]
         low = max(start - _SETTLED, -edge)
         x = _odd_extended(source, low, min(stop + _SETTLED, count + edge), edge)

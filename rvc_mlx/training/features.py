@@ -114,6 +114,11 @@ def extract_features(
     return FeatureReport(len(names) - len(problems), problems)
 
 
+def from_elsewhere(path: Path) -> bool:
+    """Whether features are not the clip's own but lie beside them, see ``filelist``."""
+    return "." in path.stem
+
+
 def left_out(folder: Path) -> set[str]:
     """Names of clips without usable features, which no filelist lists.
 

@@ -18,7 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from rvc_mlx.training.data_report import REPORT_JSON
-from rvc_mlx.training.features import F0, F0_COARSE, FEATURES, MUTE, left_out
+from rvc_mlx.training.features import (
+    F0,
+    F0_COARSE,
+    FEATURES,
+    MUTE,
+    from_elsewhere,
+    left_out,
+)
 from rvc_mlx.training.files import read_json, write_text
 from rvc_mlx.training.preprocess import CLIPS, FILELIST, clip_names
 
@@ -79,7 +86,7 @@ def write_filelist(
     excluded = left_out(folder)
     names = [name for name in clip_names(folder) if name not in excluded]
     others: dict[str, list[Path]] = {}
-    for path in sorted((folder / FEATURES).glob("*.*.npy")):
+    for path in sorted(filter(from_elsewhere, (folder / FEATURES).glob("*.npy"))):
         others.setdefault(path.name.split(".")[0], []).append(path)
     entries = []
     for name in names:

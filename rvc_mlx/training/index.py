@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rvc_mlx.training.features import FEATURES
+from rvc_mlx.training.features import FEATURES, from_elsewhere
 from rvc_mlx.training.files import write_bytes
 
 MAX_ROWS = 200_000  # beyond, k-means centres stand for the features
@@ -95,7 +95,7 @@ def read_features(folder: str | Path) -> np.ndarray:
         folder /= FEATURES
     of_run = folder.name == FEATURES
     paths = sorted(
-        path for path in folder.glob("*.npy") if not (of_run and "." in path.stem)
+        path for path in folder.glob("*.npy") if not (of_run and from_elsewhere(path))
     )
     if not paths:
         raise FileNotFoundError(

@@ -100,7 +100,7 @@ def hash_data(folder: Path, entries: Sequence[Entry]) -> str:
     for entry in entries:
         line = f"{entry.wave.name} {entry.wave.stat().st_size} {entry.speaker}\n"
         digest.update(line.encode("utf-8", "surrogateescape"))
-        if "." in entry.features.stem:  # from elsewhere, see ``filelist``
+        if features.from_elsewhere(entry.features):
             digest.update(hash_file(entry.features).encode())
     settings = folder / features.SETTINGS
     if settings.is_file():
