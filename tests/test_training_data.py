@@ -23,7 +23,13 @@ import soundfile
 
 from rvc_mlx.audio import resample
 from rvc_mlx.training import files, slicer
-from rvc_mlx.training.clips import count_frames, linear_spectrogram, load_clip
+from rvc_mlx.training.clips import (
+    count_frames,
+    cut_clip,
+    linear_spectrogram,
+    load_features,
+    load_sound,
+)
 from rvc_mlx.training.cutting import PreprocessOptions
 from rvc_mlx.training.dataset import BUCKETS, TrainingSet, prefetch
 from rvc_mlx.training.features import extract_features
@@ -859,6 +865,12 @@ def make_clip(folder, stem, frames, speaker=0, extra=(0, 0, 0)):
     return Entry(wave, *paths, speaker)
 
 
+def load_clip(entry, config):
+    frames = count_frames(entry, config)
+    sound, features = load_sound(entry, config), load_features(entry)
+    return cut_clip(sound, features, 0, frames, config.hop)
+
+
 def test_clip_arrays_are_cut_to_the_shortest(tmp_path, config):
     for extra in [(0, 1, 0), (2, 1, 0), (2, 0, 3), (0, 1, 5), (4, 0, 1)]:
         item = make_clip(tmp_path, "a", 60, extra=extra)
@@ -1042,9 +1054,22 @@ def test_memory_of_loaded_clips_is_bounded(tmp_path, config, monkeypatch):
     limit = 3_000_000
     data = TrainingSet(tmp_path, config, 2, 1, entries=entries, cache_bytes=limit)
     list(data.batches(0))
-    kept = sum(clip.bytes for clip in data._cache.values())
+    kept = sum(loaded.nbytes for loaded in data._kept.values())
     assert 0 < kept <= limit
-    assert len(data._cache) < len(entries)
+    assert len(data._kept) < 2 * len(entries)
+
+
+def test_clips_that_differ_in_features_alone_share_their_sound(tmp_path, config):
+    own = make_clip(tmp_path, "0_0_0", 80)
+    other = tmp_path / "0_0_0.other.npy"
+    np.save(other, 1 + np.load(own.features))
+    entries = [own, dataclasses.replace(own, features=other)]
+    data = TrainingSet(tmp_path, config, 2, 1, entries=entries)
+    batch = next(data.batches(0))
+    np.testing.assert_array_equal(*batch.wave)
+    np.testing.assert_array_equal(*batch.spec)
+    assert (np.abs(np.diff(batch.phone[:, :80], axis=0) ** 2 - 1) < 1e-5).all()
+    assert len(data._kept) == 3
 
 
 def test_voice_without_pitch(prepared):

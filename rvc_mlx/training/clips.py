@@ -25,28 +25,58 @@ COARSE_RANGE = (1, 255)
 
 
 @dataclass(frozen=True)
-class ClipArrays:
-    """A clip, or a part of it, of T frames.
+class Sound:
+    """What is in a recorded clip; its pitch may be some frames longer or shorter.
 
     Attributes:
-        phone: ``[T, C]`` float32, content features.
         pitch: ``[T]`` int32 in 1..255; None without F0.
         pitchf: ``[T]`` float32 in Hz; None without F0.
         spec: ``[T, bins]`` float32 magnitudes.
         wave: ``[T * hop]`` float32.
     """
 
-    phone: np.ndarray
     pitch: np.ndarray | None
     pitchf: np.ndarray | None
     spec: np.ndarray
     wave: np.ndarray
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Memory that it takes."""
-        arrays = (self.phone, self.pitch, self.pitchf, self.spec, self.wave)
+        arrays = (self.pitch, self.pitchf, self.spec, self.wave)
         return sum(array.nbytes for array in arrays if array is not None)
+
+
+@dataclass(frozen=True)
+class ClipArrays(Sound):
+    """A clip, or a part of it, of T frames each, with content features.
+
+    Attributes:
+        phone: ``[T, C]`` float32, content features.
+    """
+
+    phone: np.ndarray
+
+
+def cut_clip(
+    sound: Sound, phone: np.ndarray, first: int, frames: int, hop: int
+) -> ClipArrays:
+    """Frames of a clip that both its sound and its features have.
+
+    Args:
+        sound: of `load_sound`.
+        phone: of `load_features`.
+        first: frame.
+        frames: T, ``first + frames`` at most `count_frames`.
+        hop: samples per frame.
+    """
+    last = first + frames
+    pitch, pitchf = (
+        None if values is None else values[first:last]
+        for values in (sound.pitch, sound.pitchf)
+    )
+    wave = sound.wave[first * hop : last * hop]
+    return ClipArrays(pitch, pitchf, sound.spec[first:last], wave, phone[first:last])
 
 
 def linear_spectrogram(
@@ -113,21 +143,20 @@ def count_frames(entry: Entry, config: TrainingConfig) -> int:
     return min(lengths)
 
 
-def load_clip(entry: Entry, config: TrainingConfig) -> ClipArrays:
-    """Read a clip and compute its spectrogram.
+def load_sound(entry: Entry, config: TrainingConfig) -> Sound:
+    """Read a clip without its features and compute its spectrogram.
 
     Raises:
         ValueError: a file does not fit the configuration or holds NaN.
         OSError: a file is missing or cannot be read.
     """
-    T = count_frames(entry, config)
     wave, _ = soundfile.read(entry.wave, dtype="float32", always_2d=True)
     wave = wave.mean(axis=1) if wave.shape[1] > 1 else wave[:, 0]
     sizes = (config.n_fft, config.hop, config.win)
     spec = linear_spectrogram(wave, *sizes, config.spectrum_epsilon)
     coarse = hertz = None
     if config.model.f0:
-        values = [_array(path)[:T] for path in _pitch_files(entry)]
+        values = [_array(path) for path in _pitch_files(entry)]
         coarse, hertz = values[0].astype(np.int32), values[1].astype(np.float32)
         low, high = COARSE_RANGE
         if len(coarse) and not low <= coarse.min() <= coarse.max() <= high:
@@ -135,11 +164,19 @@ def load_clip(entry: Entry, config: TrainingConfig) -> ClipArrays:
                 f"{entry.f0_coarse}: coarse pitch {coarse.min()}..{coarse.max()}; "
                 f"expected {low}..{high}; extract it again"
             )
-    phone = np.repeat(_array(entry.features), 2, axis=0)[:T].astype(np.float32)
-    clip = ClipArrays(phone, coarse, hertz, spec[:T], wave[: T * config.hop])
-    if not np.isfinite(clip.spec).all():
+    if not np.isfinite(spec).all():
         raise ValueError(f"{entry.wave}: samples that are not finite; run preprocess")
-    return clip
+    return Sound(coarse, hertz, spec, wave)
+
+
+def load_features(entry: Entry) -> np.ndarray:
+    """Content features of a clip, ``[T, C]`` float32 at 100 frames per second.
+
+    Raises:
+        ValueError: the file cannot be read or holds NaN.
+        OSError: it is missing.
+    """
+    return np.repeat(_array(entry.features), 2, axis=0).astype(np.float32)
 
 
 def _pitch_files(entry: Entry) -> tuple[Path, Path]:

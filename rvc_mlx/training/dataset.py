@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from rvc_mlx.machine import processors
-from rvc_mlx.training.clips import ClipArrays, count_frames, load_clip
+from rvc_mlx.training.clips import (
+    ClipArrays,
+    Sound,
+    count_frames,
+    cut_clip,
+    load_features,
+    load_sound,
+)
 from rvc_mlx.training.filelist import Entry, read_filelist
 from rvc_mlx.training.preprocess import FILELIST
 
@@ -116,7 +123,7 @@ class TrainingSet:
         self.buckets = _fill_buckets(self.items, config.segment_frames)
         self._threads = threads or min(processors(), 8)
         self._free = cache_bytes
-        self._cache: dict[Entry, ClipArrays] = {}
+        self._kept: dict[Path | tuple[Path | None, ...], Any] = {}
         self._lock = threading.Lock()
 
     @property
@@ -165,14 +172,25 @@ class TrainingSet:
         return [batches[place] for place in rng.permutation(len(batches))]
 
     def _load(self, item: Item) -> ClipArrays:
-        clip = self._cache.get(item.entry)
-        if clip is None:
-            clip = load_clip(item.entry, self.config)
+        """An item; clips that differ in their features alone share their sound."""
+        entry, config = item.entry, self.config
+        recorded = (entry.wave, entry.f0_coarse, entry.f0)
+        sound: Sound = self._keep(recorded, lambda: load_sound(entry, config))
+        phone: np.ndarray = self._keep(entry.features, lambda: load_features(entry))
+        return cut_clip(sound, phone, item.first, item.frames, config.hop)
+
+    def _keep(
+        self, key: Path | tuple[Path | None, ...], load: Callable[[], Any]
+    ) -> Any:
+        """What was loaded before, or is now and stays in memory where there is room."""
+        found = self._kept.get(key)
+        if found is None:
+            found = load()
             with self._lock:
-                if item.entry not in self._cache and clip.bytes <= self._free:
-                    self._free -= clip.bytes
-                    self._cache[item.entry] = clip
-        return _part(clip, item, self.config.hop)
+                if key not in self._kept and found.nbytes <= self._free:
+                    self._free -= found.nbytes
+                    self._kept[key] = found
+        return found
 
 
 def _items(entry: Entry, config: TrainingConfig) -> list[Item]:
@@ -194,18 +212,6 @@ def _fill_buckets(items: Sequence[Item], segment: int) -> dict[int, np.ndarray]:
     return {
         BUCKETS[bucket]: np.flatnonzero(found == bucket) for bucket in np.unique(found)
     }
-
-
-def _part(clip: ClipArrays, item: Item, hop: int) -> ClipArrays:
-    """The frames of an item."""
-    first, last = item.first, item.first + item.frames
-    return ClipArrays(
-        clip.phone[first:last],
-        None if clip.pitch is None else clip.pitch[first:last],
-        None if clip.pitchf is None else clip.pitchf[first:last],
-        clip.spec[first:last],
-        clip.wave[first * hop : last * hop],
-    )
 
 
 def _collate(
