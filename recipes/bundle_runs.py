@@ -95,7 +95,8 @@ def _facts(name: str, folder: Path, recordings: Path) -> dict[str, Any]:
     versions = facts["packages"].split()
     facts["packages"] = " ".join(v for v in versions if v.split("=")[0] in used)
     if (folder / STRANGERS).is_file():
-        packages = read_json(folder / STRANGERS)["packages"]
+        made_with = read_json(folder / STRANGERS)["made_with"]
+        packages = {k: v for one in made_with for k, v in one["packages"].items()}
         named = {
             k: v
             for k, v in packages.items()

@@ -116,17 +116,7 @@ def write_shard(stem: Path, clips: Sequence[Clip]) -> float:
     bounds = np.cumsum([len(clip.samples) for clip in clips])
     starts = bounds - [len(clip.samples) for clip in clips]
     audio = np.concatenate([clip.samples for clip in clips])
-    with sf.SoundFile(
-        stem.with_suffix(".ogg"),
-        "w",
-        SAMPLE_RATE,
-        1,
-        format="OGG",
-        subtype="VORBIS",
-        compression_level=_COMPRESSION,
-    ) as file:
-        for first in range(0, len(audio), _BLOCK):
-            file.write(audio[first : first + _BLOCK])
+    write_vorbis(stem.with_suffix(".ogg"), audio, SAMPLE_RATE)
     ends = [clip.ends + start for clip, start in zip(clips, starts, strict=True)]
     np.savez_compressed(
         stem.with_suffix(".npz"),
@@ -137,6 +127,30 @@ def write_shard(stem: Path, clips: Sequence[Clip]) -> float:
         voiced=np.concatenate([clip.voiced for clip in clips]),
     )
     return len(audio) / SAMPLE_RATE
+
+
+def write_vorbis(
+    path: Path, samples: np.ndarray, rate: int, compression: float = _COMPRESSION
+) -> None:
+    """Write ``[n]`` float32 as Ogg Vorbis.
+
+    Args:
+        path: of any suffix.
+        samples: in -1..1.
+        rate: Hz.
+        compression: 0 (best) to 1 (smallest).
+    """
+    with sf.SoundFile(
+        path,
+        "w",
+        rate,
+        1,
+        format="OGG",
+        subtype="VORBIS",
+        compression_level=compression,
+    ) as file:
+        for first in range(0, len(samples), _BLOCK):
+            file.write(samples[first : first + _BLOCK])
 
 
 def read_shard(path: Path) -> Shard:

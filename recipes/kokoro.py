@@ -245,7 +245,11 @@ def clauses(text: str, accent: str) -> list[str]:
 
 
 def mixed_style(
-    voice: str, rng: np.random.Generator, names: Sequence[str], share: float = 0.6
+    voice: str,
+    rng: np.random.Generator,
+    names: Sequence[str],
+    share: float = 0.6,
+    beyond: float = 0.0,
 ) -> np.ndarray:
     """A voice's style, often with up to half of another's sound, and of another's manner.
 
@@ -254,11 +258,13 @@ def mixed_style(
         rng: source of randomness.
         names: voices that may be mixed in.
         share: how often each half is mixed.
+        beyond: how far its sound may also go away from another's, instead of towards
+            it; 0 for never.
     """
     style = kokoro().style(voice).copy()
     for part in (slice(0, _STYLE // 2), slice(_STYLE // 2, None)):
         if rng.random() < share:
             other = kokoro().style(names[rng.integers(len(names))])
-            amount = rng.uniform(0, 0.5)
+            amount = rng.uniform(0 if part.start else -beyond, 0.5)
             style[:, part] = (1 - amount) * style[:, part] + amount * other[:, part]
     return style

@@ -22,7 +22,7 @@ from rvc_mlx.audio import SAMPLE_RATE
 log = logging.getLogger("recipes")
 
 
-def say(sentence: str, path: Path, seed: int) -> float:
+def say(sentence: str, path: Path, seed: int, beyond: float) -> float:
     """Write one sentence unless it is there; its seconds."""
     if path.is_file():
         return 0.0
@@ -30,7 +30,7 @@ def say(sentence: str, path: Path, seed: int) -> float:
     engine = kokoro.kokoro()
     voice = engine.trained[rng.integers(len(engine.trained))]
     accent = kokoro.english(voice)
-    style = kokoro.mixed_style(voice, rng, engine.trained)
+    style = kokoro.mixed_style(voice, rng, engine.trained, beyond=beyond)
     spoken = kokoro.clauses(sentence, accent)
     said = engine.say(spoken, style, rng.uniform(0.8, 1.2), accent)
     samples = said.at_16k()
@@ -48,6 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=6)
+    parser.add_argument(
+        "--beyond", type=float, default=0.0, help="voices unlike any, up to .5"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     texts = sorted(options.recordings.glob("*.txt"))
@@ -61,7 +64,13 @@ def main(arguments: list[str] | None = None) -> None:
             target = options.folder / file.stem
             target.mkdir(parents=True, exist_ok=True)
             jobs = [
-                pool.submit(say, line, target / f"{number:04d}.ogg", options.seed)
+                pool.submit(
+                    say,
+                    line,
+                    target / f"{number:04d}.ogg",
+                    options.seed,
+                    options.beyond,
+                )
                 for number, line in enumerate(file.read_text("utf-8").splitlines())
             ]
             seconds = sum(job.result() for job in jobs)

@@ -262,7 +262,9 @@ def test_a_voice_that_heard_strangers_says_so(made, tmp_path):
     run = tmp_path / "slt"
     shutil.copytree(made.slt, run)
     packages = {"kokoro-js": "1.2", "espeak-ng": "1.5", "festival": "2"}
-    (run / "strangers.json").write_text(json.dumps({"packages": packages, "clips": 3}))
+    (run / "strangers.json").write_text(
+        json.dumps({"made_with": [{"packages": packages}], "features": 3})
+    )
     networks = {"features": made.encoder, "pitch": made.rmvpe}
     facts = find_run("slt", run, networks, made.recordings).facts
     assert facts["strangers"].endswith(" (Apache-2.0): espeak-ng=1.5 kokoro-js=1.2")

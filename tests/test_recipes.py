@@ -24,6 +24,7 @@ from processes import PATHS, launch
 
 from recipes import (
     corpus,
+    dub,
     evaluate_content,
     evaluate_pitch,
     make_strangers,
@@ -1096,14 +1097,14 @@ def said(rng):
     return 5 * rng.standard_normal((20, 40)).repeat(3, axis=0)
 
 
-def test_a_clip_is_found_in_what_a_slower_stranger_says(rng, said):
+def test_a_stretch_is_found_in_what_a_slower_stranger_says(rng, said):
     slow = said[np.arange(0, 60, 0.7).astype(int)]  # 86 frames
     slow = slow + rng.standard_normal(slow.shape)
-    costs = strangers.disagreement(said[12:42], slow)
+    costs = dub.disagreement(said[12:42], slow)
     assert costs.shape == (30, 86)
     assert (costs >= 0).all()
     assert (costs <= 1).all()
-    places, cost = strangers.aligned(costs)
+    places, cost = dub.aligned(costs)
     assert (np.diff(places) >= 0).all()
     expected = np.arange(12, 42)
     assert np.abs(0.7 * places - expected).max() <= 3  # anywhere in the same sound
@@ -1112,57 +1113,167 @@ def test_a_clip_is_found_in_what_a_slower_stranger_says(rng, said):
 
 def test_somebody_who_says_something_else_is_told_from_that(rng, said):
     other = 5 * rng.standard_normal((27, 40)).repeat(3, axis=0)
-    _, cost = strangers.aligned(strangers.disagreement(said, other))
-    assert cost > strangers.WORST
+    _, cost = dub.aligned(dub.disagreement(said, other))
+    assert cost > dub.WORST
 
 
-def test_strangers_lie_beside_the_clips_and_are_listed(tmp_path, rng, said):
-    run, others = tmp_path / "run", tmp_path / "others"
-    sources = tmp_path / "recordings"
-    sources.mkdir()
-    others.mkdir()
-    for number in range(2):
-        noise = 0.1 * rng.standard_normal(2 * RATE)
-        sf.write(sources / f"{number:04d}.wav", noise, RATE)
-    sf.write(others / "0001.ogg", 0.1 * rng.standard_normal(RATE), RATE)
+def test_moments_follow_the_path_and_never_go_back():
+    path = np.arange(100) // 2 + 7  # half as fast, from frame 7 on
+    moments = dub.moments_of(path, 401)
+    assert (np.diff(moments) >= 0).all()
+    time = 0.005 * np.arange(401)
+    np.testing.assert_allclose(moments[20:380], (0.14 + time / 2)[20:380], atol=0.02)
+    stumbling = np.r_[np.arange(50), np.full(10, 49), np.arange(50, 90)]
+    assert (np.diff(dub.moments_of(stumbling, 401)) >= 0).all()
+
+
+def test_melody_keeps_voicing_and_glides_between_frames():
+    f0 = np.array([0, 0, 100, 200, 0, 0], np.float64)
+    line = dub.melody(f0, 12)
+    assert (line[:3] == 0).all()
+    assert (line[8:] == 0).all()
+    np.testing.assert_allclose(line[[4, 6]], [100, 200])
+    np.testing.assert_allclose(line[5], 100 * 2**0.5)
+    assert (dub.melody(np.zeros(6), 12) == 0).all()
+
+
+@pytest.fixture
+def tone():
+    """A second of harmonics on 160 Hz, of which the second half is quiet."""
+    time = np.arange(RATE) / RATE
+    wave = sum(np.sin(2 * np.pi * 160 * k * time) / k for k in range(1, 20))
+    return 0.2 * wave * np.where(time < 0.5, 1, 0.1)
+
+
+def test_moved_sound_has_the_stranger_s_time_and_melody(harmonics, tone):
+    sound = dub.analyse(tone, RATE)
+    time = 0.005 * np.arange(401)  # two seconds
+    wanted = 300 * 2 ** (time / 2 - 0.5)
+    out = dub.moved(sound, time / 2, wanted)
+    assert abs(len(out) - 2 * RATE) < 0.01 * RATE
+    level = [np.sqrt(np.mean(part**2)) for part in np.array_split(out[: 2 * RATE], 8)]
+    assert min(level[:3]) > 5 * max(level[5:])  # half the speed
+    heard = dub.analyse(out, RATE).f0[: len(time)]
+    inside = (heard > 0) & (time > 0.1) & (time < 1.9)
+    assert inside.mean() > 0.8
+    expected = wanted * 160 / np.median(wanted)  # on the recording's own median
+    off = 1200 * np.log2(heard[inside] / expected[inside])
+    assert np.median(np.abs(off)) < 20
+
+
+def test_a_dubbed_recording_is_written_once(
+    harmonics, monkeypatch, tmp_path, said, tone
+):
+    own, other, target = (tmp_path / n for n in ("0.wav", "b.wav", "0-0.ogg"))
+    sf.write(own, tone, RATE)
+    sf.write(other, np.r_[tone, tone[::2]], RATE)
+    heard = {RATE: said[:49], RATE * 3 // 2: said[np.arange(0, 49, 0.66).astype(int)]}
+    by = SimpleNamespace(logits=lambda audio: heard[len(audio)], pitch_net=None)
+    f0 = np.full(151, 120.0)
+    monkeypatch.setattr(dub, "estimate_clip_f0", lambda *_: f0)
+    assert dub.dub(own, [(other, target)], by) == 1
+    samples, rate = sf.read(target)
+    assert rate == RATE
+    assert abs(len(samples) - 1.5 * RATE) < 0.02 * RATE
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0-0.ogg",
+        "0.wav",
+        "b.wav",
+    ]
+    by.logits = None  # not asked again
+    assert dub.dub(own, [(other, target)], by) == 1
+    target.unlink()
+    heard[RATE * 3 // 2] = -heard[RATE * 3 // 2]
+    by.logits = lambda audio: heard[len(audio)]
+    assert dub.dub(own, [(other, target)], by) == 0
+    assert not target.exists()
+
+
+def test_a_clip_s_place_is_found_whatever_its_level(rng):
+    recording = rng.standard_normal(RATE)
+    clip = 0.3 * recording[5000:9000] + 0.05 * rng.standard_normal(4000)
+    assert strangers.place_of(clip, recording) == 5000
+    assert strangers.place_of(recording, recording[:-50]) == 0
+
+
+def test_strangers_lie_beside_the_dubbed_clips_and_are_listed(tmp_path, rng, said):
+    run, sources = tmp_path / "run", tmp_path / "recordings"
+    folders = [tmp_path / letter / "slt" for letter in "ab"]
+    for folder in (sources, *folders):
+        folder.mkdir(parents=True)
+    noise = 0.1 * rng.standard_normal((3, 5 * RATE))
+    sf.write(sources / "0000.wav", noise[0], RATE)
+    sf.write(sources / "0000-1.wav", noise[1], RATE)
+    sf.write(folders[1] / "0000.ogg", noise[2], RATE, format="WAV", subtype="FLOAT")
     preprocess([sources], run, RATE, workers=1)
+    told = json.loads((run / "recordings.json").read_text())["recordings"]
+    dubbed = next(r["name"] for r in told if "-1" in r["source"])
+    heard = []
 
     class StandIn:
         path = sources / "0000.wav"  # whose hash names the features
 
         def encode(self, audio, version):
             assert version == "v2"
-            return said[:49].astype(np.float32)
+            heard.append(audio)
+            return said[np.arange(len(audio) // 320 - 1) % 60].astype(np.float32)
 
     def phones(features):
         return features
 
     extract_features(run, StandIn(), None, "v2")
     with pytest.raises(FileNotFoundError, match="provenance"):
-        strangers.add_strangers(run, others, StandIn(), phones)
-    (tmp_path / "provenance.json").write_text('{"packages": {"kokoro-js": "1"}}')
-    assert strangers.add_strangers(run, others, StandIn(), phones) == 1
+        strangers.add_strangers(run, folders, StandIn(), phones)
+    for folder in folders:
+        about = json.dumps({"packages": {folder.parent.name: "1"}})
+        (folder.parent / "provenance.json").write_text(about)
+    heard.clear()
+    clips = sorted((run / "sliced_audios_16k").glob(f"{dubbed}_*.wav"))
+    assert len(clips) > 1
+    assert strangers.add_strangers(run, folders, StandIn(), phones) == len(clips)
+    for part, path in zip(heard, clips, strict=True):
+        clip, _ = sf.read(path)
+        first = strangers.place_of(clip, noise[1])
+        np.testing.assert_allclose(part, noise[2, first : first + len(clip)], atol=1e-6)
+    assert first > 2 * RATE
     told = json.loads((run / "strangers.json").read_text())
-    assert told == {"packages": {"kokoro-js": "1"}, "clips": 1}
+    made_with = [{"packages": {"a": "1"}}, {"packages": {"b": "1"}}]
+    assert told == {"made_with": made_with, "clips": len(clips)}
     entries = write_filelist(run, mutes=0, f0=False)
-    names = sorted(entry.features.name for entry in entries)
-    assert names == ["0_0_0.npy", "0_1_0.npy", "0_1_0.stranger.npy"]
-    assert {entry.recording for entry in entries} == {"0_0", "0_1"}
+    names = [entry.features.name for entry in entries if "." in entry.features.stem]
+    assert sorted(names) == [f"{path.stem}.stranger.npy" for path in clips]
+    frames = sum(
+        len(np.load(e.features)) for e in entries if "." not in e.features.stem
+    )
     for folder in (run, run / "extracted"):  # an index is of the voice alone
-        assert len(read_features(folder)) == 2 * 49
+        assert len(read_features(folder)) == frames
     digest = hash_data(run, entries)
-    stranger = run / "extracted" / "0_1_0.stranger.npy"
+    stranger = run / "extracted" / names[0]
     np.save(stranger, np.zeros_like(np.load(stranger)))
     assert hash_data(run, entries) != digest
 
     def something_else(features):
-        return 5 * rng.standard_normal(features.shape)
+        return rng.standard_normal(features.shape)
 
-    assert strangers.add_strangers(run, others, StandIn(), something_else) == 0
+    assert strangers.add_strangers(run, folders, StandIn(), something_else) == 0
     assert not stranger.exists()
-    (others / "0001.ogg").unlink()
-    with pytest.raises(FileNotFoundError, match="make_strangers"):
-        strangers.add_strangers(run, others, StandIn(), phones)
+
+
+def test_strangers_need_dubbed_recordings(tmp_path, rng):
+    (tmp_path / "recordings").mkdir()
+    noise = 0.1 * rng.standard_normal(2 * RATE)
+    sf.write(tmp_path / "recordings/0000.wav", noise, RATE)
+    run = tmp_path / "run"
+    preprocess([tmp_path / "recordings"], run, RATE, workers=1)
+    encoder = SimpleNamespace(
+        path=tmp_path / "recordings/0000.wav",
+        encode=lambda audio, _: np.zeros((99, 4), np.float32),
+    )
+    extract_features(run, encoder, None, "v2")
+    with pytest.raises(FileNotFoundError, match=r"recipes\.dub"):
+        strangers.add_strangers(run, [], encoder, None)
+    with pytest.raises(FileNotFoundError, match="make_recordings"):
+        dub.recordings_in(run)
 
 
 def test_strangers_want_the_texts_of_the_recordings(tmp_path):

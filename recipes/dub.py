@@ -1,0 +1,294 @@
+"""A target voice in the time and on the pitch of others: ``python -m recipes.dub``.
+
+Somebody else says a sentence of a recording (``make_strangers``), faster here, slower
+there, with another melody. The recording's own sound is moved into that time and onto that
+pitch (WORLD), so there is a recording of the target voice for just what the encoder and
+the pitch network hear of the stranger: what a conversion is.
+
+    python -m recipes.dub RECORDINGS/slt STRANGERS/slt... --encoder E --rmvpe R
+
+``RECORDINGS/slt/0012-0.ogg`` is ``0012`` in the time of the first stranger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import soundfile as sf
+from scipy.ndimage import uniform_filter1d
+from scipy.special import softmax
+
+from recipes.corpus import write_vorbis
+from recipes.harmonics import world
+from rvc_mlx.audio import SAMPLE_RATE
+from rvc_mlx.audio_io import load_audio
+from rvc_mlx.engine import choose_engine
+from rvc_mlx.loading import Encoder, PitchNet, read_weights
+from rvc_mlx.training.features import estimate_clip_f0
+
+log = logging.getLogger("recipes")
+
+Phones = Callable[[np.ndarray], np.ndarray]
+
+VERSION = "v2"  # of the bundled voices
+WORST = 0.3  # mean disagreement of a pair that is not taken: they say something else
+_STEPS = ((0, 0.1), (1, 0.0), (2, 0.1), (3, 0.3))  # frames to move on by, with costs
+_SMOOTH = 7  # frames; less makes the sound hasten and halt
+_LEAST = 1e-3  # likelihood of two frames of different phones
+_FRAME = 0.02  # seconds between features
+_HOP = 0.005  # seconds between WORLD's frames
+_PITCH_HOP = 0.01
+_RANGE = 60.0, 600.0  # Hz, of the target voices
+_COMPRESSION = 0.3  # of the files
+_THRESHOLD = 0.03  # of voicing, as in a conversion
+
+
+def disagreement(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """``[F, G]`` in 0..1: how unlikely frames of two recordings are the same phone.
+
+    Args:
+        own: ``[F, P]`` logits of the phones.
+        other: ``[G, P]`` of another recording.
+    """
+    same = softmax(own, axis=1) @ softmax(other, axis=1).T
+    costs: np.ndarray = np.log(same + _LEAST) / np.log(_LEAST)
+    return np.clip(costs, 0, 1)
+
+
+def aligned(costs: np.ndarray) -> tuple[np.ndarray, float]:
+    """Where in another recording each frame of a recording is said.
+
+    Args:
+        costs: ``[F, G]`` of each frame at each of the other's.
+
+    Returns:
+        The other's frames ``[F]``, never going back, and their mean cost.
+    """
+    F, G = costs.shape
+    total = costs[0]
+    came = np.zeros((F, G), np.int8)
+    for frame in range(1, F):
+        ways = np.full((len(_STEPS), G), np.inf)
+        for row, (step, extra) in zip(ways, _STEPS, strict=True):
+            row[step:] = total[: G - step] + extra
+        came[frame] = ways.argmin(axis=0)
+        total = ways.min(axis=0) + costs[frame]
+    path = np.empty(F, int)
+    path[-1] = int(total.argmin())
+    for frame in range(F - 1, 0, -1):
+        path[frame - 1] = path[frame] - _STEPS[came[frame, path[frame]]][0]
+    return path, float(costs[np.arange(F), path].mean())
+
+
+def read_head(path: Path) -> Phones:
+    """The phone classifier that ``train_content`` writes beside the encoder."""
+    head = mx.load(str(path))
+    weight, bias = (
+        np.array(head[name].astype(mx.float32)) for name in ("weight", "bias")
+    )
+    return lambda features: features @ weight.T + bias
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What hears the recordings.
+
+    Attributes:
+        encoder: of the features.
+        phones: features ``[F, C]`` to logits.
+        pitch_net: of the strangers' F0.
+    """
+
+    encoder: Encoder
+    phones: Phones
+    pitch_net: PitchNet
+
+    def logits(self, audio: np.ndarray) -> np.ndarray:
+        """``[F, P]`` of ``[n]`` at 16 kHz."""
+        return self.phones(self.encoder.encode(audio, VERSION))
+
+
+@cache
+def networks(encoder: Path, rmvpe: Path) -> Networks:
+    """The process's networks, on the CPU."""
+    engine = choose_engine("cpu", "f32", None)
+    return Networks(
+        Encoder(read_weights(encoder, "contentvec"), engine),
+        read_head(encoder.with_suffix(".head.safetensors")),
+        PitchNet(read_weights(rmvpe, "rmvpe"), engine),
+    )
+
+
+@dataclass(frozen=True)
+class Sound:
+    """WORLD's analysis of a recording, every 5 ms.
+
+    Attributes:
+        rate: Hz.
+        f0: ``[T]`` Hz, 0 where unvoiced.
+        envelope: ``[T, K]`` logarithm of the power.
+        aperiodicity: ``[T, K]`` in 0..1.
+    """
+
+    rate: int
+    f0: np.ndarray
+    envelope: np.ndarray
+    aperiodicity: np.ndarray
+
+
+def analyse(samples: np.ndarray, rate: int) -> Sound:
+    """What ``[n]`` samples sound like."""
+    pyworld = world()
+    x = samples.astype(np.float64)
+    f0, times = pyworld.dio(x, rate, *_RANGE, frame_period=1000 * _HOP)
+    f0 = pyworld.stonemask(x, f0, times, rate)
+    envelope = np.log(pyworld.cheaptrick(x, f0, times, rate))
+    return Sound(rate, f0, envelope, pyworld.d4c(x, f0, times, rate))
+
+
+def moved(sound: Sound, moments: np.ndarray, f0: np.ndarray) -> np.ndarray:
+    """A recording's sound at other moments and on another pitch.
+
+    Args:
+        sound: of the recording.
+        moments: ``[T]`` seconds of the recording, every 5 ms of the result.
+        f0: ``[T]`` Hz, 0 where unvoiced; moved as a whole to the recording's median.
+
+    Returns:
+        ``[m]`` float64 at the recording's rate.
+    """
+    last = len(sound.f0) - 1
+    places = np.clip(moments / _HOP, 0, last)
+    before = places.astype(int)
+    after, part = np.minimum(before + 1, last), (places - before)[:, None]
+
+    def between(frames: np.ndarray) -> np.ndarray:
+        mixed: np.ndarray = frames[before] * (1 - part) + frames[after] * part
+        return mixed
+
+    own = sound.f0[sound.f0 > 0]
+    if len(own) and (f0 > 0).any():
+        f0 = f0 * np.median(own) / np.median(f0[f0 > 0])
+    made: np.ndarray = world().synthesize(
+        f0,
+        np.exp(between(sound.envelope)),
+        between(sound.aperiodicity),
+        sound.rate,
+        1000 * _HOP,
+    )
+    return made
+
+
+def moments_of(path: np.ndarray, T: int) -> np.ndarray:
+    """Seconds of the recording at each of ``T`` times, 5 ms apart, never going back.
+
+    Args:
+        path: the recording's frame at each of the stranger's.
+        T: times.
+    """
+    ahead = (path - np.arange(len(path))) * _FRAME
+    smooth = uniform_filter1d(ahead, _SMOOTH, mode="nearest")
+    time = np.arange(T) * _HOP
+    centres = (np.arange(len(path)) + 0.5) * _FRAME
+    return np.maximum.accumulate(time + np.interp(time, centres, smooth))
+
+
+def melody(f0: np.ndarray, T: int) -> np.ndarray:
+    """F0 at ``T`` times, 5 ms apart, of F0 every 10 ms; 0 where unvoiced."""
+    time = np.arange(T) * _HOP
+    index = np.minimum((time / _PITCH_HOP).round().astype(int), len(f0) - 1)
+    known = np.flatnonzero(f0)
+    if not len(known):
+        return np.zeros(T)
+    line = np.exp(np.interp(time, known * _PITCH_HOP, np.log(f0[known])))
+    return np.where(f0[index] > 0, line, 0)
+
+
+def dub(recording: Path, pairs: Sequence[tuple[Path, Path]], by: Networks) -> int:
+    """Write a recording in the time of strangers, unless it is there.
+
+    Args:
+        recording: of the target voice.
+        pairs: of each stranger his recording and the file to write.
+        by: what hears them.
+
+    Returns:
+        How many are there; one who says something else is left out.
+    """
+    missing = [pair for pair in pairs if not pair[1].is_file()]
+    if not missing:
+        return len(pairs)
+    found = len(pairs) - len(missing)
+    logits = by.logits(load_audio(recording))
+    sound = analyse(*sf.read(recording))
+    for stranger, target in missing:
+        other = load_audio(stranger)
+        path, cost = aligned(disagreement(by.logits(other), logits))
+        if cost > WORST:
+            continue
+        T = int(len(other) / SAMPLE_RATE / _HOP) + 1
+        f0 = estimate_clip_f0(by.pitch_net, other, _THRESHOLD)
+        made = moved(sound, moments_of(path, T), melody(f0, T))
+        made *= min(1.0, 0.95 / (np.abs(made).max() + 1e-9))
+        partial_file = target.with_name(f".{target.name}")
+        write_vorbis(partial_file, made.astype(np.float32), sound.rate, _COMPRESSION)
+        partial_file.replace(target)
+        found += 1
+    return found
+
+
+def recordings_in(folder: Path) -> list[Path]:
+    """The recordings of a folder that are not dubbed ones.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = [path for path in folder.glob("*.*") if path.stem.isdigit()]
+    if not found:
+        raise FileNotFoundError(
+            f"{folder}: no recordings 0000.flac and so on; recipes.make_recordings "
+            "writes them"
+        )
+    return sorted(found)
+
+
+def _job(recording: Path, strangers: Sequence[Path], files: tuple[Path, Path]) -> int:
+    pairs = [
+        (stranger, recording.with_name(f"{recording.stem}-{number}.ogg"))
+        for number, folder in enumerate(strangers)
+        if (stranger := folder / f"{recording.stem}.ogg").is_file()
+    ]
+    return dub(recording, pairs, networks(*files))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Dub all recordings of a folder."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recordings", type=Path)
+    parser.add_argument("strangers", type=Path, nargs="+")
+    parser.add_argument("--encoder", type=Path, required=True)
+    parser.add_argument("--rmvpe", type=Path, required=True)
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    recordings = recordings_in(options.recordings)
+    run = partial(
+        _job,
+        strangers=options.strangers,
+        files=(options.encoder, options.rmvpe),
+    )
+    with ProcessPoolExecutor(options.workers) as pool:
+        done = sum(pool.map(run, recordings))
+    log.info(f"{options.recordings}: {len(recordings)} sentences, {done} dubbed")
+
+
+if __name__ == "__main__":
+    main()
