@@ -28,7 +28,7 @@ from rvc_mlx.audio_io import load_audio, save_audio
 from rvc_mlx.bundled_models import DEMO_VOICE, SPEECH
 from rvc_mlx.engine import choose_engine, gpu_available
 from rvc_mlx.loading import Engine
-from rvc_mlx.machine import processors
+from rvc_mlx.machine import memory_bytes, processors
 from rvc_mlx.pipeline import VoiceConverter, load_on
 from rvc_mlx.report import Report
 
@@ -99,7 +99,6 @@ def gpu_peak_memory() -> int:
 def environment() -> dict[str, Any]:
     """The machine and the versions that a measurement depends on; no names or paths."""
     gpu = mx.device_info(mx.Device(mx.gpu)) if gpu_available() else {}
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     versions = {}
     for name in _PACKAGES:
         try:
@@ -110,7 +109,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": processors(),
-        "memory_gib": round(pages / 2**30),
+        "memory_gib": round(memory_bytes() / 2**30),
         "gpu": gpu.get("device_name", "none"),
         "python": platform.python_version(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "not set"),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 _MOST_THREADS = 16  # of one piece of work; numpy holds Python's lock between its calls
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _WORKER = "rvc-mlx-worker"  # begins the names of such threads
 
 Item = TypeVar("Item")
@@ -106,6 +107,16 @@ def processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process may fill."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        allowed = _CGROUP_LIMIT.read_text().strip()
+    except OSError:  # not Linux, or no version 2 of control groups
+        return physical
+    return min(int(allowed), physical) if allowed.isdigit() else physical
 
 
 def in_parallel(

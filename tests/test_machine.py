@@ -9,7 +9,7 @@ import time
 import pytest
 
 from rvc_mlx import machine
-from rvc_mlx.machine import cache_folder, processors, set_up_cuda
+from rvc_mlx.machine import cache_folder, memory_bytes, processors, set_up_cuda
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="CUDA is for Linux")
 
@@ -27,6 +27,18 @@ def test_processors_are_those_of_this_process():
 
 
 @on_linux
+def test_memory_is_what_the_container_may_fill(monkeypatch, tmp_path):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "_CGROUP_LIMIT", limit)
+    physical = memory_bytes()
+    assert 1 << 28 < physical < 1 << 50
+    for told, expected in [("max\n", physical), (f"{1 << 60}\n", physical)]:
+        limit.write_text(told)
+        assert memory_bytes() == expected
+    limit.write_text(f"{1 << 27}\n")
+    assert memory_bytes() == 1 << 27
+
+
 def test_settings_for_cuda_leave_the_users_alone(monkeypatch, tmp_path):
     for name in (*machine._CUDA_SETTINGS, "MLX_PTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from rvc_mlx.machine import processors
+from rvc_mlx.machine import memory_bytes, processors
 from rvc_mlx.training.clips import (
     ClipArrays,
     Sound,
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 Made = TypeVar("Made")
 
 BUCKETS = (50, 100, 200, 300, 400, 500, 600, 700, 800, 900)  # frames
-CACHE_BYTES = 2 << 30  # clips kept in memory, so that later epochs need not compute
+CACHE_SHARE = 1 / 8  # of the memory, for clips, so that later epochs need not compute
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class TrainingSet:
         seed: of the order.
         entries: clips to use instead of the filelist's, see ``filelist.hold_out``.
         threads: that load clips; None for one per processor, up to 8.
-        cache_bytes: memory for clips that were loaded once.
+        cache_bytes: memory for clips that were loaded once; None for an eighth of all.
 
     Attributes:
         items: every clip or part of one, in the filelist's order.
@@ -112,7 +112,7 @@ class TrainingSet:
         *,
         entries: Sequence[Entry] | None = None,
         threads: int | None = None,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
@@ -122,6 +122,8 @@ class TrainingSet:
         self.items = [item for e in entries for item in _items(e, config)]
         self.buckets = _fill_buckets(self.items, config.segment_frames)
         self._threads = threads or min(processors(), 8)
+        if cache_bytes is None:
+            cache_bytes = int(memory_bytes() * CACHE_SHARE)
         self._free = cache_bytes
         self._kept: dict[Path | tuple[Path | None, ...], Any] = {}
         self._lock = threading.Lock()
