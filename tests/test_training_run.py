@@ -763,6 +763,22 @@ def test_diverged_run_is_one_line_and_keeps_the_last_good_state(
     assert (folder / STATE).read_bytes() == before
 
 
+def test_a_device_that_fails_is_told_with_the_step(folder, monkeypatch, capsys):
+    assert main(words(folder, epochs=1)) == 0
+    before = (folder / STATE).read_bytes()
+
+    def failing(*_):
+        raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+
+    monkeypatch.setattr(TrainStep, "advance", failing)
+    capsys.readouterr()
+    assert main(words(folder, "--resume", epochs=2)) == 1
+    [line] = [x for x in capsys.readouterr().err.splitlines() if "rvc-mlx:" in x]
+    assert "epoch 2, step 5: the device failed (CUDNN_STATUS" in line
+    assert "--batch-size below" in line
+    assert (folder / STATE).read_bytes() == before
+
+
 def test_networks_that_are_not_finite_are_not_saved(folder, monkeypatch, capsys):
     monkeypatch.setattr(
         TrainStep,

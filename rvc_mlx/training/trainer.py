@@ -44,6 +44,10 @@ class DivergedError(RuntimeError):
     """A loss or gradient of the run is not finite."""
 
 
+class StepError(RuntimeError):
+    """The device did not compute a step."""
+
+
 class Trainer:
     """One run in one folder.
 
@@ -112,6 +116,7 @@ class Trainer:
 
         Raises:
             DivergedError: a number is not finite; the last saved state is a good one.
+            StepError: the device failed, for want of memory perhaps; likewise.
             OSError: something cannot be written; the last saved state is unchanged.
             KeyboardInterrupt: it was asked to stop; the state was saved.
         """
@@ -119,7 +124,16 @@ class Trainer:
             while self.progress.epoch < self._options.epochs:
                 if self.progress.stopped:
                     break
-                timing = self._train_epoch(identity, monitor)
+                try:
+                    timing = self._train_epoch(identity, monitor)
+                except DivergedError:
+                    raise
+                except RuntimeError as error:
+                    now, size = self.progress, self._options.batch_size
+                    raise StepError(
+                        f"epoch {now.epoch + 1}, step {now.step + 1}: the device failed "
+                        f"({error}); a --batch-size below {size} may do, in a new run"
+                    ) from error
                 self._end_epoch(identity, monitor, timing)
         return self.progress
 
