@@ -5,15 +5,17 @@ there, with another melody. The recording's own sound is moved into that time an
 pitch (WORLD), so there is a recording of the target voice for just what the encoder and
 the pitch network hear of the stranger: what a conversion is.
 
-    python -m recipes.dub RECORDINGS/slt STRANGERS/slt... --encoder E --rmvpe R
+    python -m recipes.dub RECORDINGS/slt DUBBED/slt STRANGERS/slt... --encoder E --rmvpe R
 
-``RECORDINGS/slt/0012-0.ogg`` is ``0012`` in the time of the first stranger.
+``DUBBED/slt`` is what ``rvc-mlx train`` takes: it holds the recordings, and ``0012-0.ogg`` is
+``0012`` in the time of the first stranger.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, read_weights
+from rvc_mlx.models.contentvec import HOP_LENGTH, RECEPTIVE_FIELD
 from rvc_mlx.training.features import estimate_clip_f0
 
 log = logging.getLogger("recipes")
@@ -42,6 +45,8 @@ VERSION = "v2"  # of the bundled voices
 WORST = 0.3  # mean disagreement of a pair that is not taken: they say something else
 _STEPS = ((0, 0.1), (1, 0.0), (2, 0.1), (3, 0.3))  # frames to move on by, with costs
 _SMOOTH = 7  # frames; less makes the sound hasten and halt
+_SILENCE_DB = -45.0  # against the loud frames
+_CERTAIN = 20.0  # logit of a phone that is known
 _LEAST = 1e-3  # likelihood of two frames of different phones
 _FRAME = 0.02  # seconds between features
 _HOP = 0.005  # seconds between WORLD's frames
@@ -112,8 +117,19 @@ class Networks:
     pitch_net: PitchNet
 
     def logits(self, audio: np.ndarray) -> np.ndarray:
-        """``[F, P]`` of ``[n]`` at 16 kHz."""
-        return self.phones(self.encoder.encode(audio, VERSION))
+        """``[F, P]`` of ``[n]`` at 16 kHz; what is silent is silence."""
+        found = self.phones(self.encoder.encode(audio, VERSION))
+        # The encoder holds a last phone for as long as a breath is left of it.
+        found[silent(audio, len(found))] = _CERTAIN * np.eye(found.shape[1])[0]
+        return found
+
+
+def silent(audio: np.ndarray, frames: int) -> np.ndarray:
+    """``[frames]`` bool: which frames of ``[n]`` at 16 kHz are far below the loud ones."""
+    windows = np.lib.stride_tricks.sliding_window_view(audio, RECEPTIVE_FIELD)
+    level = np.square(windows[::HOP_LENGTH][:frames]).mean(axis=1)
+    quiet: np.ndarray = level < np.quantile(level, 0.95) * 10 ** (_SILENCE_DB / 10)
+    return quiet
 
 
 @cache
@@ -246,7 +262,7 @@ def dub(recording: Path, pairs: Sequence[tuple[Path, Path]], by: Networks) -> in
 
 
 def recordings_in(folder: Path) -> list[Path]:
-    """The recordings of a folder that are not dubbed ones.
+    """The numbered recordings of a folder, sorted.
 
     Raises:
         FileNotFoundError: there are none.
@@ -260,11 +276,17 @@ def recordings_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _job(recording: Path, strangers: Sequence[Path], files: tuple[Path, Path]) -> int:
+def _job(
+    recording: Path, folder: Path, strangers: Sequence[Path], files: tuple[Path, Path]
+) -> int:
+    copy = folder / recording.name
+    if not copy.is_file():
+        shutil.copyfile(recording, copy.with_name(f".{copy.name}"))
+        copy.with_name(f".{copy.name}").replace(copy)
     pairs = [
-        (stranger, recording.with_name(f"{recording.stem}-{number}.ogg"))
-        for number, folder in enumerate(strangers)
-        if (stranger := folder / f"{recording.stem}.ogg").is_file()
+        (stranger, folder / f"{recording.stem}-{number}.ogg")
+        for number, others in enumerate(strangers)
+        if (stranger := others / f"{recording.stem}.ogg").is_file()
     ]
     return dub(recording, pairs, networks(*files))
 
@@ -273,6 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Dub all recordings of a folder."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recordings", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("strangers", type=Path, nargs="+")
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--rmvpe", type=Path, required=True)
@@ -280,8 +303,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     recordings = recordings_in(options.recordings)
+    options.folder.mkdir(parents=True, exist_ok=True)
     run = partial(
         _job,
+        folder=options.folder,
         strangers=options.strangers,
         files=(options.encoder, options.rmvpe),
     )

@@ -5,7 +5,7 @@ features, and the words blur. Here a stranger says the same sentences (``make_st
 and the recordings are put into his time (``dub``). What the encoder makes of him lies
 beside the features of the dubbed clips, so ``rvc-mlx train`` trains on both.
 
-    python -m recipes.strangers RECORDINGS/slt RUNS/slt STRANGERS/slt... --encoder E --rmvpe R
+    python -m recipes.strangers DUBBED/slt RUNS/slt STRANGERS/slt... --encoder E --rmvpe R
 """
 
 from __future__ import annotations

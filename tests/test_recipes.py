@@ -1117,6 +1117,18 @@ def test_somebody_who_says_something_else_is_told_from_that(rng, said):
     assert cost > dub.WORST
 
 
+def test_what_is_silent_is_silence_whatever_the_encoder_hears(rng):
+    noise = 0.1 * rng.standard_normal(2 * RATE)
+    noise[RATE:] *= 0.001
+    heard = 5 * rng.standard_normal((99, 40))
+    encoder = SimpleNamespace(encode=lambda *_: heard)
+    by = dub.Networks(encoder, lambda features: features.copy(), None)
+    logits = by.logits(noise)
+    np.testing.assert_array_equal(logits[:49], heard[:49])
+    assert (logits[50:].argmax(axis=1) == 0).all()
+    assert (logits[50:, 0] > 15).all()
+
+
 def test_moments_follow_the_path_and_never_go_back():
     path = np.arange(100) // 2 + 7  # half as fast, from frame 7 on
     moments = dub.moments_of(path, 401)
