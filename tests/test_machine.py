@@ -26,7 +26,6 @@ def test_processors_are_those_of_this_process():
     assert 1 <= processors() <= (os.cpu_count() or 1)
 
 
-@on_linux
 def test_memory_is_what_the_container_may_fill(monkeypatch, tmp_path):
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(machine, "_CGROUP_LIMIT", limit)
@@ -39,6 +38,7 @@ def test_memory_is_what_the_container_may_fill(monkeypatch, tmp_path):
     assert memory_bytes() == 1 << 27
 
 
+@on_linux
 def test_settings_for_cuda_leave_the_users_alone(monkeypatch, tmp_path):
     for name in (*machine._CUDA_SETTINGS, "MLX_PTX_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)

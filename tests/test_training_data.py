@@ -1059,6 +1059,22 @@ def test_memory_of_loaded_clips_is_bounded(tmp_path, config, monkeypatch):
     assert len(data._kept) < 2 * len(entries)
 
 
+def test_files_that_change_meanwhile_are_told(tmp_path, config):
+    entry = make_clip(tmp_path, "0_0_0", 80)
+    data = TrainingSet(tmp_path, config, 1, 1, entries=[entry])
+    x, _ = soundfile.read(entry.wave)
+    write(entry.wave, x[: 60 * HOP])
+    with pytest.raises(ValueError, match=r"0_0_0\.wav: changed meanwhile: 60 frames"):
+        next(data.batches(0))
+    data = TrainingSet(tmp_path, config, 1, 1, entries=[entry])
+    entry.wave.write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match=r"0_0_0\.wav: not a readable sound file"):
+        next(data.batches(0))
+    entry.wave.unlink()
+    with pytest.raises(FileNotFoundError, match="run preprocess again"):
+        next(data.batches(0))
+
+
 def test_clips_that_differ_in_features_alone_share_their_sound(tmp_path, config):
     own = make_clip(tmp_path, "0_0_0", 80)
     other = tmp_path / "0_0_0.other.npy"

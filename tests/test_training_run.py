@@ -763,19 +763,28 @@ def test_diverged_run_is_one_line_and_keeps_the_last_good_state(
     assert (folder / STATE).read_bytes() == before
 
 
-def test_a_device_that_fails_is_told_with_the_step(folder, monkeypatch, capsys):
-    assert main(words(folder, epochs=1)) == 0
+@pytest.mark.parametrize(("late", "size"), [(False, 1), (True, 2)])
+def test_a_device_that_fails_is_told_with_the_step(
+    folder, monkeypatch, capsys, late, size
+):
+    more = ("--batch-size", size)
+    assert main(words(folder, *more, epochs=1)) == 0
     before = (folder / STATE).read_bytes()
 
+    class Failing:
+        def __array__(self, *_, **__):
+            raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+
     def failing(*_):
-        raise RuntimeError("CUDNN_STATUS_EXECUTION_FAILED")
+        return {"loss_g": Failing()} if late else np.array(Failing())
 
     monkeypatch.setattr(TrainStep, "advance", failing)
     capsys.readouterr()
-    assert main(words(folder, "--resume", epochs=2)) == 1
+    assert main(words(folder, *more, "--resume", epochs=2)) == 1
     [line] = [x for x in capsys.readouterr().err.splitlines() if "rvc-mlx:" in x]
-    assert "epoch 2, step 5: the device failed (CUDNN_STATUS" in line
-    assert "--batch-size below" in line
+    first = {1: 5, 2: 3}[size]
+    assert f"epoch 2, step {first} or the one before: the device failed (CUD" in line
+    assert ("; a --batch-size below 2 may do" in line) == (size == 2)
     assert (folder / STATE).read_bytes() == before
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from rvc_mlx.engine import gpu_available
 from rvc_mlx.training import filelist
 from rvc_mlx.training.commands import refuse_overwrite, say
-from rvc_mlx.training.dataset import TrainingSet
+from rvc_mlx.training.dataset import TrainingSet, cache_size
 from rvc_mlx.training.distributed import Group, agree, connect, rank_of, share_start
 from rvc_mlx.training.filelist import Entry
 from rvc_mlx.training.files import locked, make_folders
@@ -41,7 +41,7 @@ def train(arguments: argparse.Namespace) -> int:
     Raises:
         ValueError: the arguments do not fit each other, the data or the earlier run.
         OSError: something cannot be read or written.
-        RuntimeError: the run has diverged.
+        RuntimeError: the run has diverged, or the device failed.
         ImportError: an optional package that is wanted is missing.
     """
     _LOG.setLevel(logging.INFO)
@@ -91,7 +91,12 @@ def _run(
     entries = filelist.read_filelist(folder / filelist.FILELIST)
     trained, held_out = filelist.hold_out(entries, plan.hold_out, options.seed)
     data = TrainingSet(
-        folder, config, options.batch_size, options.seed, entries=trained
+        folder,
+        config,
+        options.batch_size,
+        options.seed,
+        entries=trained,
+        cache_bytes=cache_size(world),
     )
     start = load_pretrained(
         arguments.pretrained_g, arguments.pretrained_d, config, options.seed

@@ -26,13 +26,13 @@ COARSE_RANGE = (1, 255)
 
 @dataclass(frozen=True)
 class Sound:
-    """What is in a recorded clip; its pitch may be some frames longer or shorter.
+    """What is in a recorded clip of T frames; its pitch may have some more or fewer.
 
     Attributes:
         pitch: ``[T]`` int32 in 1..255; None without F0.
         pitchf: ``[T]`` float32 in Hz; None without F0.
         spec: ``[T, bins]`` float32 magnitudes.
-        wave: ``[T * hop]`` float32.
+        wave: float32, ``T * hop`` samples or a part of a frame more.
     """
 
     pitch: np.ndarray | None
@@ -69,8 +69,15 @@ def cut_clip(
         first: frame.
         frames: T, ``first + frames`` at most `count_frames`.
         hop: samples per frame.
+
+    Raises:
+        ValueError: there are fewer frames.
     """
     last = first + frames
+    arrays = (phone, sound.spec, sound.pitch, sound.pitchf)
+    shortest = min(len(array) for array in arrays if array is not None)
+    if shortest < last:
+        raise ValueError(f"{shortest} frames left; {last} expected")
     pitch, pitchf = (
         None if values is None else values[first:last]
         for values in (sound.pitch, sound.pitchf)
@@ -150,7 +157,11 @@ def load_sound(entry: Entry, config: TrainingConfig) -> Sound:
         ValueError: a file does not fit the configuration or holds NaN.
         OSError: a file is missing or cannot be read.
     """
-    wave, _ = soundfile.read(entry.wave, dtype="float32", always_2d=True)
+    _sound_header(entry.wave)
+    try:
+        wave, _ = soundfile.read(entry.wave, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{entry.wave}: damaged ({error}); run preprocess") from error
     wave = wave.mean(axis=1) if wave.shape[1] > 1 else wave[:, 0]
     sizes = (config.n_fft, config.hop, config.win)
     spec = linear_spectrogram(wave, *sizes, config.spectrum_epsilon)

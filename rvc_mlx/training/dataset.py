@@ -44,6 +44,11 @@ BUCKETS = (50, 100, 200, 300, 400, 500, 600, 700, 800, 900)  # frames
 CACHE_SHARE = 1 / 8  # of the memory, for clips, so that later epochs need not compute
 
 
+def cache_size(processes: int = 1) -> int:
+    """Bytes for the clips of each of the processes that train together."""
+    return int(memory_bytes() * CACHE_SHARE) // processes
+
+
 @dataclass(frozen=True)
 class Batch:
     """B clips, filled up with zeros to T frames.
@@ -123,7 +128,7 @@ class TrainingSet:
         self.buckets = _fill_buckets(self.items, config.segment_frames)
         self._threads = threads or min(processors(), 8)
         if cache_bytes is None:
-            cache_bytes = int(memory_bytes() * CACHE_SHARE)
+            cache_bytes = cache_size()
         self._free = cache_bytes
         self._kept: dict[Path | tuple[Path | None, ...], Any] = {}
         self._lock = threading.Lock()
@@ -179,7 +184,10 @@ class TrainingSet:
         recorded = (entry.wave, entry.f0_coarse, entry.f0)
         sound: Sound = self._keep(recorded, lambda: load_sound(entry, config))
         phone: np.ndarray = self._keep(entry.features, lambda: load_features(entry))
-        return cut_clip(sound, phone, item.first, item.frames, config.hop)
+        try:
+            return cut_clip(sound, phone, item.first, item.frames, config.hop)
+        except ValueError as error:
+            raise ValueError(f"{entry.wave}: changed meanwhile: {error}") from error
 
     def _keep(
         self, key: Path | tuple[Path | None, ...], load: Callable[[], Any]

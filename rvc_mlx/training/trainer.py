@@ -116,7 +116,7 @@ class Trainer:
 
         Raises:
             DivergedError: a number is not finite; the last saved state is a good one.
-            StepError: the device failed, for want of memory perhaps; likewise.
+            StepError: the device failed at a step, for want of memory perhaps; likewise.
             OSError: something cannot be written; the last saved state is unchanged.
             KeyboardInterrupt: it was asked to stop; the state was saved.
         """
@@ -124,16 +124,7 @@ class Trainer:
             while self.progress.epoch < self._options.epochs:
                 if self.progress.stopped:
                     break
-                try:
-                    timing = self._train_epoch(identity, monitor)
-                except DivergedError:
-                    raise
-                except RuntimeError as error:
-                    now, size = self.progress, self._options.batch_size
-                    raise StepError(
-                        f"epoch {now.epoch + 1}, step {now.step + 1}: the device failed "
-                        f"({error}); a --batch-size below {size} may do, in a new run"
-                    ) from error
+                timing = self._train_epoch(identity, monitor)
                 self._end_epoch(identity, monitor, timing)
         return self.progress
 
@@ -174,7 +165,8 @@ class Trainer:
                 # What came before sounds worse at the same distance, and is no rival.
                 self.progress = replace(self.progress, best=None, best_epoch=0, stale=0)
             judged = self.progress.step >= self._options.adversarial_from
-            losses = self._step.advance(inputs, judged)
+            with self._computing(self.progress.step + 1):
+                losses = self._step.advance(inputs, judged)
             if waiting:
                 self._look_at(*waiting, monitor)
             now = self.progress
@@ -208,7 +200,8 @@ class Trainer:
         monitor: Monitor | None,
     ) -> None:
         """Wait for a step and check its numbers; log some."""
-        values = {name: float(np.array(value)) for name, value in losses.items()}
+        with self._computing(progress.step):
+            values = {name: float(np.array(value)) for name, value in losses.items()}
         finite = {name: math.isfinite(value) for name, value in values.items()}
         skipped = not all(ok for name, ok in finite.items() if name.startswith("grad_"))
         diverged = not all(
@@ -225,6 +218,19 @@ class Trainer:
         if monitor and progress.step % self._options.log_steps == 0:
             named = {f"train/{name}": value for name, value in values.items()}
             monitor.scalars(progress.step, progress.epoch, named)
+
+    @contextmanager
+    def _computing(self, step: int) -> Iterator[None]:
+        """What the device reports there, which may be late, becomes a `StepError`."""
+        try:
+            yield
+        except RuntimeError as error:
+            size = self._options.batch_size
+            advice = f"; a --batch-size below {size} may do, in a new run"
+            raise StepError(
+                f"epoch {self.progress.epoch + 1}, step {step} or the one before: the "
+                f"device failed ({error}){advice if size > 1 else ''}"
+            ) from error
 
     def _last_good(self) -> str:
         if not self._path.exists():
