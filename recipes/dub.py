@@ -29,12 +29,13 @@ from scipy.ndimage import uniform_filter1d
 from scipy.special import softmax
 
 from recipes.corpus import write_vorbis
-from recipes.harmonics import world
+from recipes.vocoding import HOP_SECONDS, moved, sound_of
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, read_weights
 from rvc_mlx.models.contentvec import HOP_LENGTH, RECEPTIVE_FIELD
+from rvc_mlx.pitch import FRAME_RATE, VOICING_THRESHOLD
 from rvc_mlx.training.features import estimate_clip_f0
 
 log = logging.getLogger("recipes")
@@ -48,12 +49,9 @@ _SMOOTH = 7  # frames; less makes the sound hasten and halt
 _SILENCE_DB = -45.0  # against the loud frames
 _CERTAIN = 20.0  # logit of a phone that is known
 _LEAST = 1e-3  # likelihood of two frames of different phones
-_FRAME = 0.02  # seconds between features
-_HOP = 0.005  # seconds between WORLD's frames
-_PITCH_HOP = 0.01
-_RANGE = 60.0, 600.0  # Hz, of the target voices
+_FRAME = HOP_LENGTH / SAMPLE_RATE  # seconds between features
+_PITCH_HOP = 1 / FRAME_RATE
 _COMPRESSION = 0.3  # of the files
-_THRESHOLD = 0.03  # of voicing, as in a conversion
 
 
 def disagreement(own: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -143,66 +141,6 @@ def networks(encoder: Path, rmvpe: Path) -> Networks:
     )
 
 
-@dataclass(frozen=True)
-class Sound:
-    """WORLD's analysis of a recording, every 5 ms.
-
-    Attributes:
-        rate: Hz.
-        f0: ``[T]`` Hz, 0 where unvoiced.
-        envelope: ``[T, K]`` logarithm of the power.
-        aperiodicity: ``[T, K]`` in 0..1.
-    """
-
-    rate: int
-    f0: np.ndarray
-    envelope: np.ndarray
-    aperiodicity: np.ndarray
-
-
-def analyse(samples: np.ndarray, rate: int) -> Sound:
-    """What ``[n]`` samples sound like."""
-    pyworld = world()
-    x = samples.astype(np.float64)
-    f0, times = pyworld.dio(x, rate, *_RANGE, frame_period=1000 * _HOP)
-    f0 = pyworld.stonemask(x, f0, times, rate)
-    envelope = np.log(pyworld.cheaptrick(x, f0, times, rate))
-    return Sound(rate, f0, envelope, pyworld.d4c(x, f0, times, rate))
-
-
-def moved(sound: Sound, moments: np.ndarray, f0: np.ndarray) -> np.ndarray:
-    """A recording's sound at other moments and on another pitch.
-
-    Args:
-        sound: of the recording.
-        moments: ``[T]`` seconds of the recording, every 5 ms of the result.
-        f0: ``[T]`` Hz, 0 where unvoiced; moved as a whole to the recording's median.
-
-    Returns:
-        ``[m]`` float64 at the recording's rate.
-    """
-    last = len(sound.f0) - 1
-    places = np.clip(moments / _HOP, 0, last)
-    before = places.astype(int)
-    after, part = np.minimum(before + 1, last), (places - before)[:, None]
-
-    def between(frames: np.ndarray) -> np.ndarray:
-        mixed: np.ndarray = frames[before] * (1 - part) + frames[after] * part
-        return mixed
-
-    own = sound.f0[sound.f0 > 0]
-    if len(own) and (f0 > 0).any():
-        f0 = f0 * np.median(own) / np.median(f0[f0 > 0])
-    made: np.ndarray = world().synthesize(
-        f0,
-        np.exp(between(sound.envelope)),
-        between(sound.aperiodicity),
-        sound.rate,
-        1000 * _HOP,
-    )
-    return made
-
-
 def moments_of(path: np.ndarray, T: int) -> np.ndarray:
     """Seconds of the recording at each of ``T`` times, 5 ms apart, never going back.
 
@@ -212,14 +150,14 @@ def moments_of(path: np.ndarray, T: int) -> np.ndarray:
     """
     ahead = (path - np.arange(len(path))) * _FRAME
     smooth = uniform_filter1d(ahead, _SMOOTH, mode="nearest")
-    time = np.arange(T) * _HOP
+    time = np.arange(T) * HOP_SECONDS
     centres = (np.arange(len(path)) + 0.5) * _FRAME
     return np.maximum.accumulate(time + np.interp(time, centres, smooth))
 
 
 def melody(f0: np.ndarray, T: int) -> np.ndarray:
     """F0 at ``T`` times, 5 ms apart, of F0 every 10 ms; 0 where unvoiced."""
-    time = np.arange(T) * _HOP
+    time = np.arange(T) * HOP_SECONDS
     index = np.minimum((time / _PITCH_HOP).round().astype(int), len(f0) - 1)
     known = np.flatnonzero(f0)
     if not len(known):
@@ -244,14 +182,14 @@ def dub(recording: Path, pairs: Sequence[tuple[Path, Path]], by: Networks) -> in
         return len(pairs)
     found = len(pairs) - len(missing)
     logits = by.logits(load_audio(recording))
-    sound = analyse(*sf.read(recording))
+    sound = sound_of(*sf.read(recording))
     for stranger, target in missing:
         other = load_audio(stranger)
         path, cost = aligned(disagreement(by.logits(other), logits))
         if cost > WORST:
             continue
-        T = int(len(other) / SAMPLE_RATE / _HOP) + 1
-        f0 = estimate_clip_f0(by.pitch_net, other, _THRESHOLD)
+        T = int(len(other) / SAMPLE_RATE / HOP_SECONDS) + 1
+        f0 = estimate_clip_f0(by.pitch_net, other, VOICING_THRESHOLD)
         made = moved(sound, moments_of(path, T), melody(f0, T))
         made *= min(1.0, 0.95 / (np.abs(made).max() + 1e-9))
         partial_file = target.with_name(f".{target.name}")

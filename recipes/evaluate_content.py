@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
 from recipes.content_training import frame_centres
 from recipes.corpus import Shard, find_shards, read_shards, speaker_of
+from recipes.dub import read_head
 from recipes.goals import Goal, describe
 from recipes.phones import UNKNOWN, frame_labels
 from recipes.speakers import SPEAKERS
@@ -67,8 +67,7 @@ class Listener:
         weights = read_weights(path, "contentvec")
         self.trained_on = set(str(weights.metadata.get("speakers", "")).split())
         self._encoder = Encoder(weights, engine)
-        head = mx.load(str(path.with_suffix(".head.safetensors")))
-        self._weight, self._bias = np.array(head["weight"]), np.array(head["bias"])
+        self._phones = read_head(path.with_suffix(".head.safetensors"))
         self._heard: dict[int, np.ndarray] = {}
 
     def features(self, audio: np.ndarray) -> np.ndarray:
@@ -79,7 +78,7 @@ class Listener:
 
     def classify(self, audio: np.ndarray) -> np.ndarray:
         """``[n]`` to classes ``[F]``."""
-        logits = self.features(audio) @ self._weight.T + self._bias
+        logits = self._phones(self.features(audio))
         return logits.argmax(axis=-1)
 
 

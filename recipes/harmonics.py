@@ -56,17 +56,22 @@ def world() -> Any:
     return pyworld
 
 
-def analyse(samples: np.ndarray) -> Analysis:
-    """WORLD's analysis of ``[n]`` samples at 16 kHz, ``n`` a multiple of ``F0_HOP``."""
+def world_frames(
+    samples: np.ndarray, rate: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """F0 ``[T]``, envelope and aperiodicity ``[T, K]`` of ``[n]``, every 5 ms."""
     pyworld = world()
     x = samples.astype(np.float64)
     low, high = _ANALYSIS_F0
-    f0, times = pyworld.dio(
-        x, SAMPLE_RATE, low, high, frame_period=1000 * FRAME_SECONDS
-    )
-    f0 = pyworld.stonemask(x, f0, times, SAMPLE_RATE)
-    envelope = pyworld.cheaptrick(x, f0, times, SAMPLE_RATE)
-    aperiodicity = pyworld.d4c(x, f0, times, SAMPLE_RATE)
+    f0, times = pyworld.dio(x, rate, low, high, frame_period=1000 * FRAME_SECONDS)
+    f0 = pyworld.stonemask(x, f0, times, rate)
+    envelope = pyworld.cheaptrick(x, f0, times, rate)
+    return f0, envelope, pyworld.d4c(x, f0, times, rate)
+
+
+def analyse(samples: np.ndarray) -> Analysis:
+    """WORLD's analysis of ``[n]`` samples at 16 kHz, ``n`` a multiple of ``F0_HOP``."""
+    f0, envelope, aperiodicity = world_frames(samples, SAMPLE_RATE)
     per_hz = (envelope.shape[1] - 1) / (SAMPLE_RATE / 2)
     first, last = (int(edge * per_hz) for edge in _PERIODIC_BAND)
     level = 10 * np.log10(envelope.sum(1) + 1e-16)

@@ -1,7 +1,8 @@
 """Others who say what the target voices say: ``python -m recipes.make_strangers RECORDINGS OUT``.
 
 ``OUT/slt/0012.ogg`` is the sentence of ``RECORDINGS/slt/0012`` in some voice of Kokoro that
-is not kept for tests, at 16 kHz. ``recipes.strangers`` makes features of it.
+is not kept for tests, at 16 kHz. ``recipes.dub`` moves the recordings into that time, and
+``recipes.strangers`` makes features of it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import soundfile as sf
 
 from recipes import kokoro
+from recipes.corpus import write_vorbis
 from recipes.exporting import write_provenance
 from rvc_mlx.audio import SAMPLE_RATE
+from rvc_mlx.training.files import read_json, write_json
 
 log = logging.getLogger("recipes")
+
+SETTINGS = "strangers.json"  # beside the voices' folders
 
 
 def say(sentence: str, path: Path, seed: int, beyond: float) -> float:
@@ -35,8 +39,8 @@ def say(sentence: str, path: Path, seed: int, beyond: float) -> float:
     said = engine.say(spoken, style, rng.uniform(0.8, 1.2), accent)
     samples = said.at_16k()
     partial = path.with_name(f".{path.name}")
-    level = 0.9 / max(0.9, float(np.abs(samples).max()))
-    sf.write(partial, level * samples, SAMPLE_RATE, format="OGG", subtype="VORBIS")
+    level = np.float32(0.9 / max(0.9, float(np.abs(samples).max())))
+    write_vorbis(partial, level * samples.astype(np.float32), SAMPLE_RATE)
     partial.replace(path)
     return len(samples) / SAMPLE_RATE
 
@@ -58,7 +62,17 @@ def main(arguments: list[str] | None = None) -> None:
         raise FileNotFoundError(
             f"{options.recordings}: no VOICE.txt; recipes.make_recordings writes it"
         )
+    if not 0 <= options.beyond <= 0.5:
+        raise ValueError(f"--beyond {options.beyond}; expected 0 to 0.5")
+    settings = {"seed": options.seed, "beyond": options.beyond}
+    path = options.folder / SETTINGS
+    if path.is_file() and read_json(path) != settings:
+        raise ValueError(
+            f"{options.folder}: made with {read_json(path)}, not {settings}; give another "
+            "folder"
+        )
     write_provenance(options.folder, options.seed, kokoro.versions())
+    write_json(path, settings)
     with ProcessPoolExecutor(options.workers) as pool:
         for file in texts:
             target = options.folder / file.stem

@@ -62,12 +62,19 @@ def add_strangers(
         How many clips have a stranger who is heard to say the same.
 
     Raises:
-        FileNotFoundError: no recording is dubbed, or what the strangers were made with
-            is not told.
+        FileNotFoundError: no recording is dubbed, a stranger's is missing, or what he
+            was made with is not told.
+        ValueError: there are dubbed recordings of more strangers than were given.
     """
     made_with = [read_json(one.parent / PROVENANCE) for one in strangers]
     told = read_json(folder / PLAN)["recordings"]
     sources = {recording["name"]: Path(recording["source"]) for recording in told}
+    others = {source: _stranger_of(source, strangers) for source in sources.values()}
+    if not any(others.values()):
+        raise FileNotFoundError(
+            f"{folder}: no dubbed recordings; recipes.dub makes them"
+        )
+    (folder / STRANGERS).unlink(missing_ok=True)  # of an earlier call
 
     @lru_cache(maxsize=1)  # a recording's clips follow one another
     def heard(source: Path, stranger: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -76,12 +83,12 @@ def add_strangers(
     found, dubbed, excluded = 0, 0, left_out(folder)
     for name in clip_names(folder):
         target = folder / FEATURES / f"{name}.stranger.npy"
-        target.unlink(missing_ok=True)  # of an earlier call
+        target.unlink(missing_ok=True)  # likewise
         source = sources[name.rpartition("_")[0]]
-        said, _, number = source.stem.rpartition("-")
-        if name in excluded or not said:
+        other = others[source]
+        if name in excluded or other is None:
             continue
-        recording, stranger = heard(source, strangers[int(number)] / f"{said}.ogg")
+        recording, stranger = heard(source, other)
         clip = load_audio(folder / CLIPS_16K / f"{name}.wav")
         first = place_of(clip, recording)
         part = stranger[first : first + len(clip)]
@@ -93,13 +100,27 @@ def add_strangers(
         if heard_alike.mean() >= LEAST:
             write_array(target, features)
             found += 1
-    if not dubbed:
-        raise FileNotFoundError(
-            f"{folder}: no dubbed recordings; recipes.dub makes them"
-        )
     write_json(folder / STRANGERS, {"made_with": made_with, "clips": found})
     log.info(f"{folder}: strangers' features of {found} of {dubbed} dubbed clips")
     return found
+
+
+def _stranger_of(recording: Path, strangers: Sequence[Path]) -> Path | None:
+    """What a dubbed recording was put in time with; None for one as it was made."""
+    said, _, number = recording.stem.rpartition("-")
+    if not (said.isdigit() and number.isdigit()):
+        return None
+    if int(number) >= len(strangers):
+        raise ValueError(
+            f"{recording.name} is in the time of stranger {number}, counted from 0, of "
+            f"{len(strangers)}; give the folders that recipes.dub was given"
+        )
+    path = strangers[int(number)] / f"{said}.ogg"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: not there, but {recording.name} is in its time"
+        )
+    return path
 
 
 def main(arguments: list[str] | None = None) -> None:

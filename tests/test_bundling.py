@@ -261,9 +261,10 @@ def test_a_report_about_another_voice_is_refused(made, tmp_path, caplog):
 def test_a_voice_that_heard_strangers_says_so(made, tmp_path):
     run = tmp_path / "slt"
     shutil.copytree(made.slt, run)
-    packages = {"kokoro-js": "1.2", "espeak-ng": "1.5", "festival": "2"}
+    packages = {"kokoro-js": "1.2", "festival": "2"}
+    more = {"packages": {"espeak-ng": "1.5"}}
     (run / "strangers.json").write_text(
-        json.dumps({"made_with": [{"packages": packages}], "features": 3})
+        json.dumps({"made_with": [{"packages": packages}, more], "clips": 3})
     )
     networks = {"features": made.encoder, "pitch": made.rmvpe}
     facts = find_run("slt", run, networks, made.recordings).facts

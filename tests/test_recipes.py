@@ -35,6 +35,7 @@ from recipes import (
     text,
     train_content,
     train_pitch,
+    vocoding,
 )
 from recipes.augment import (
     FIRST_SAMPLE,
@@ -1158,14 +1159,14 @@ def tone():
 
 
 def test_moved_sound_has_the_stranger_s_time_and_melody(harmonics, tone):
-    sound = dub.analyse(tone, RATE)
+    sound = vocoding.sound_of(tone, RATE)
     time = 0.005 * np.arange(401)  # two seconds
     wanted = 300 * 2 ** (time / 2 - 0.5)
-    out = dub.moved(sound, time / 2, wanted)
+    out = vocoding.moved(sound, time / 2, wanted)
     assert abs(len(out) - 2 * RATE) < 0.01 * RATE
     level = [np.sqrt(np.mean(part**2)) for part in np.array_split(out[: 2 * RATE], 8)]
     assert min(level[:3]) > 5 * max(level[5:])  # half the speed
-    heard = dub.analyse(out, RATE).f0[: len(time)]
+    heard = vocoding.sound_of(out, RATE).f0[: len(time)]
     inside = (heard > 0) & (time > 0.1) & (time < 1.9)
     assert inside.mean() > 0.8
     expected = wanted * 160 / np.median(wanted)  # on the recording's own median
@@ -1269,6 +1270,32 @@ def test_strangers_lie_beside_the_dubbed_clips_and_are_listed(tmp_path, rng, sai
 
     assert strangers.add_strangers(run, folders, StandIn(), something_else) == 0
     assert not stranger.exists()
+
+
+@pytest.mark.parametrize("given", [1, 2])
+def test_a_stranger_who_is_missing_is_named_and_nothing_lost(tmp_path, given):
+    (tmp_path / "provenance.json").write_text("{}")
+    told = {"recordings": [{"name": "0_0", "source": "/a/0007-1.ogg"}]}
+    (tmp_path / "recordings.json").write_text(json.dumps(told))
+    (tmp_path / "strangers.json").write_text("of before")
+    errors = {
+        1: (ValueError, "stranger 1, counted from 0, of 1"),
+        2: (FileNotFoundError, r"0007\.ogg: not there, but 0007-1\.ogg"),
+    }
+    kind, text = errors[given]
+    with pytest.raises(kind, match=text):
+        strangers.add_strangers(tmp_path, given * [tmp_path / "slt"], None, None)
+    assert (tmp_path / "strangers.json").read_text() == "of before"
+
+
+def test_strangers_keep_to_one_setting_per_folder(tmp_path):
+    (tmp_path / "slt.txt").write_text("")
+    line = [str(tmp_path), str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=r"--beyond 0\.7; expected 0 to 0\.5"):
+        make_strangers.main([*line, "--beyond", "0.7"])
+    make_strangers.main([*line, "--seed", "8", "--beyond", "0.5"])
+    with pytest.raises(ValueError, match=r"'beyond': 0\.5.*another folder"):
+        make_strangers.main([*line, "--seed", "8"])
 
 
 def test_strangers_need_dubbed_recordings(tmp_path, rng):
