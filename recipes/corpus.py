@@ -22,6 +22,7 @@ import numpy as np
 import soundfile as sf
 
 from rvc_mlx.audio import SAMPLE_RATE
+from rvc_mlx.output_format import part_path
 
 LEVEL = 0.08  # root mean square of every clip
 F0_HOP = 80  # samples between F0 labels: 5 ms
@@ -132,25 +133,30 @@ def write_shard(stem: Path, clips: Sequence[Clip]) -> float:
 def write_vorbis(
     path: Path, samples: np.ndarray, rate: int, compression: float = _COMPRESSION
 ) -> None:
-    """Write ``[n]`` float32 as Ogg Vorbis.
+    """Write ``[n]`` float32 as Ogg Vorbis, whole or not at all.
 
     Args:
-        path: of any suffix.
+        path: of the file.
         samples: in -1..1.
         rate: Hz.
         compression: 0 (best) to 1 (smallest).
     """
-    with sf.SoundFile(
-        path,
-        "w",
-        rate,
-        1,
-        format="OGG",
-        subtype="VORBIS",
-        compression_level=compression,
-    ) as file:
-        for first in range(0, len(samples), _BLOCK):
-            file.write(samples[first : first + _BLOCK])
+    part = part_path(path)
+    try:
+        with sf.SoundFile(
+            part,
+            "w",
+            rate,
+            1,
+            format="OGG",
+            subtype="VORBIS",
+            compression_level=compression,
+        ) as file:
+            for first in range(0, len(samples), _BLOCK):
+                file.write(samples[first : first + _BLOCK])
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read_shard(path: Path) -> Shard:

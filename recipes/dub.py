@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ from scipy.ndimage import uniform_filter1d
 from scipy.special import softmax
 
 from recipes.corpus import write_vorbis
-from recipes.vocoding import HOP_SECONDS, moved, sound_of
+from recipes.harmonics import FRAME_SECONDS
+from recipes.vocoding import moved, sound_of
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.engine import choose_engine
@@ -37,6 +37,7 @@ from rvc_mlx.loading import Encoder, PitchNet, read_weights
 from rvc_mlx.models.contentvec import HOP_LENGTH, RECEPTIVE_FIELD
 from rvc_mlx.pitch import FRAME_RATE, VOICING_THRESHOLD
 from rvc_mlx.training.features import estimate_clip_f0
+from rvc_mlx.training.files import write_bytes
 
 log = logging.getLogger("recipes")
 
@@ -150,14 +151,14 @@ def moments_of(path: np.ndarray, T: int) -> np.ndarray:
     """
     ahead = (path - np.arange(len(path))) * _FRAME
     smooth = uniform_filter1d(ahead, _SMOOTH, mode="nearest")
-    time = np.arange(T) * HOP_SECONDS
+    time = np.arange(T) * FRAME_SECONDS
     centres = (np.arange(len(path)) + 0.5) * _FRAME
     return np.maximum.accumulate(time + np.interp(time, centres, smooth))
 
 
 def melody(f0: np.ndarray, T: int) -> np.ndarray:
     """F0 at ``T`` times, 5 ms apart, of F0 every 10 ms; 0 where unvoiced."""
-    time = np.arange(T) * HOP_SECONDS
+    time = np.arange(T) * FRAME_SECONDS
     index = np.minimum((time / _PITCH_HOP).round().astype(int), len(f0) - 1)
     known = np.flatnonzero(f0)
     if not len(known):
@@ -188,13 +189,11 @@ def dub(recording: Path, pairs: Sequence[tuple[Path, Path]], by: Networks) -> in
         path, cost = aligned(disagreement(by.logits(other), logits))
         if cost > WORST:
             continue
-        T = int(len(other) / SAMPLE_RATE / HOP_SECONDS) + 1
+        T = int(len(other) / SAMPLE_RATE / FRAME_SECONDS) + 1
         f0 = estimate_clip_f0(by.pitch_net, other, VOICING_THRESHOLD)
         made = moved(sound, moments_of(path, T), melody(f0, T))
         made *= min(1.0, 0.95 / (np.abs(made).max() + 1e-9))
-        partial_file = target.with_name(f".{target.name}")
-        write_vorbis(partial_file, made.astype(np.float32), sound.rate, _COMPRESSION)
-        partial_file.replace(target)
+        write_vorbis(target, made.astype(np.float32), sound.rate, _COMPRESSION)
         found += 1
     return found
 
@@ -219,8 +218,7 @@ def _job(
 ) -> int:
     copy = folder / recording.name
     if not copy.is_file():
-        shutil.copyfile(recording, copy.with_name(f".{copy.name}"))
-        copy.with_name(f".{copy.name}").replace(copy)
+        write_bytes(copy, recording.read_bytes())
     pairs = [
         (stranger, folder / f"{recording.stem}-{number}.ogg")
         for number, others in enumerate(strangers)

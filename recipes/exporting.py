@@ -86,7 +86,10 @@ def start_from(path: Path, network: nn.Module, kind: str) -> None:
 
 
 def write_provenance(
-    folder: Path, seed: int, others: Mapping[str, str] | None = None
+    folder: Path,
+    seed: int,
+    others: Mapping[str, str] | None = None,
+    **settings: float,
 ) -> None:
     """Write which versions of which packages made a corpus.
 
@@ -96,6 +99,7 @@ def write_provenance(
         folder: of the corpus.
         seed: of its draws.
         others: versions of packages that are not Debian's.
+        settings: what else the corpus depends on, by name.
     """
     told = subprocess.run(
         ["dpkg-query", "-W", "-f", "${Package} ${Version}\n", *PACKAGES],
@@ -106,7 +110,7 @@ def write_provenance(
     versions = dict(line.split(" ", 1) for line in told.stdout.splitlines())
     folder.mkdir(parents=True, exist_ok=True)
     versions |= others or {}
-    text = json.dumps({"packages": versions, "seed": seed}, indent=1)
+    text = json.dumps({"packages": versions, "seed": seed, **settings}, indent=1)
     (folder / PROVENANCE).write_text(text + "\n", "utf-8")
 
 

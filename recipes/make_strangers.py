@@ -17,13 +17,11 @@ import numpy as np
 
 from recipes import kokoro
 from recipes.corpus import write_vorbis
-from recipes.exporting import write_provenance
+from recipes.exporting import PROVENANCE, write_provenance
 from rvc_mlx.audio import SAMPLE_RATE
-from rvc_mlx.training.files import read_json, write_json
+from rvc_mlx.training.files import read_json
 
 log = logging.getLogger("recipes")
-
-SETTINGS = "strangers.json"  # beside the voices' folders
 
 
 def say(sentence: str, path: Path, seed: int, beyond: float) -> float:
@@ -38,10 +36,8 @@ def say(sentence: str, path: Path, seed: int, beyond: float) -> float:
     spoken = kokoro.clauses(sentence, accent)
     said = engine.say(spoken, style, rng.uniform(0.8, 1.2), accent)
     samples = said.at_16k()
-    partial = path.with_name(f".{path.name}")
     level = np.float32(0.9 / max(0.9, float(np.abs(samples).max())))
-    write_vorbis(partial, level * samples.astype(np.float32), SAMPLE_RATE)
-    partial.replace(path)
+    write_vorbis(path, level * samples.astype(np.float32), SAMPLE_RATE)
     return len(samples) / SAMPLE_RATE
 
 
@@ -65,14 +61,16 @@ def main(arguments: list[str] | None = None) -> None:
     if not 0 <= options.beyond <= 0.5:
         raise ValueError(f"--beyond {options.beyond}; expected 0 to 0.5")
     settings = {"seed": options.seed, "beyond": options.beyond}
-    path = options.folder / SETTINGS
-    if path.is_file() and read_json(path) != settings:
-        raise ValueError(
-            f"{options.folder}: made with {read_json(path)}, not {settings}; give another "
-            "folder"
-        )
-    write_provenance(options.folder, options.seed, kokoro.versions())
-    write_json(path, settings)
+    path = options.folder / PROVENANCE
+    if path.is_file():
+        told = {"beyond": 0.0, **read_json(path)}
+        before = {name: told[name] for name in settings}
+        if before != settings:
+            raise ValueError(
+                f"{options.folder}: made with {before}, not {settings}; give another "
+                "folder"
+            )
+    write_provenance(options.folder, others=kokoro.versions(), **settings)
     with ProcessPoolExecutor(options.workers) as pool:
         for file in texts:
             target = options.folder / file.stem

@@ -11,8 +11,6 @@ import numpy as np
 
 from recipes.harmonics import FRAME_SECONDS, world, world_frames
 
-HOP_SECONDS = FRAME_SECONDS
-
 
 @dataclass(frozen=True)
 class Sound:
@@ -49,7 +47,7 @@ def moved(sound: Sound, moments: np.ndarray, f0: np.ndarray) -> np.ndarray:
         ``[m]`` float64 at the recording's rate.
     """
     last = len(sound.f0) - 1
-    places = np.clip(moments / HOP_SECONDS, 0, last)
+    places = np.clip(moments / FRAME_SECONDS, 0, last)
     before = places.astype(int)
     after, part = np.minimum(before + 1, last), (places - before)[:, None]
 
@@ -65,6 +63,6 @@ def moved(sound: Sound, moments: np.ndarray, f0: np.ndarray) -> np.ndarray:
         np.exp(between(sound.envelope)),
         between(sound.aperiodicity),
         sound.rate,
-        1000 * HOP_SECONDS,
+        1000 * FRAME_SECONDS,
     )
     return made

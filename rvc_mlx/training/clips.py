@@ -43,8 +43,7 @@ class Sound:
     @property
     def nbytes(self) -> int:
         """Memory that it takes."""
-        arrays = (self.pitch, self.pitchf, self.spec, self.wave)
-        return sum(array.nbytes for array in arrays if array is not None)
+        return sum(array.nbytes for array in vars(self).values() if array is not None)
 
 
 @dataclass(frozen=True)
