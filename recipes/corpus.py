@@ -71,6 +71,12 @@ class Shard:
     voiced: np.ndarray
 
 
+def levelling(samples: np.ndarray, peak: float) -> float:
+    """The gain that brings samples to the corpus level, but no sample above ``peak``."""
+    level = np.sqrt(np.square(samples, dtype=np.float64).mean() + 1e-12)
+    return float(min(LEVEL / level, peak / (np.abs(samples).max() + 1e-9)))
+
+
 def make_clip(
     samples: np.ndarray,
     runs: Sequence[tuple[int, float]] = (),
@@ -86,8 +92,7 @@ def make_clip(
         voiced: as long as ``f0``.
     """
     samples = samples[: len(samples) // F0_HOP * F0_HOP].astype(np.float32)
-    level = np.sqrt(np.square(samples, dtype=np.float64).mean() + 1e-12)
-    gain = min(LEVEL / level, 0.99 / (np.abs(samples).max() + 1e-9))
+    gain = levelling(samples, 0.99)
     ends = [min(round(end * SAMPLE_RATE), len(samples)) for _, end in runs]
     frames = len(samples) // F0_HOP
     if f0 is not None and len(f0) < frames:

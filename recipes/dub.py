@@ -1,20 +1,21 @@
 """A target voice in the time and on the pitch of others: ``python -m recipes.dub``.
 
-Somebody else says a sentence of a recording (``make_strangers``), faster here, slower
-there, with another melody. The recording's own sound is moved into that time and onto that
-pitch (WORLD), so there is a recording of the target voice for just what the encoder and
-the pitch network hear of the stranger: what a conversion is.
+Somebody says a sentence of the recordings (``make_strangers``), at his own pace, with his
+own melody and pronunciation. The target's engine says the same phones, and that is moved
+into his time and onto his pitch (WORLD), so there is a recording of the target voice for
+just what the encoder and the pitch network hear of the stranger: what a conversion is.
 
     python -m recipes.dub RECORDINGS/slt DUBBED/slt STRANGERS/slt... --encoder E --rmvpe R
 
 ``DUBBED/slt`` is what ``rvc-mlx train`` takes: it holds the recordings, and ``0012-0.ogg`` is
-``0012`` in the time of the first stranger.
+what the first stranger says in ``0012.ogg``.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,12 +24,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import soundfile as sf
 from scipy.ndimage import uniform_filter1d
 from scipy.special import softmax
 
-from recipes.corpus import write_vorbis
+from recipes.corpus import levelling, write_vorbis
+from recipes.engines import Utterance
 from recipes.harmonics import FRAME_SECONDS
+from recipes.make_recordings import PEAK
+from recipes.make_strangers import phones_of
+from recipes.repeating import ENGINES, read
 from recipes.vocoding import moved, sound_of
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.audio_io import load_audio
@@ -46,13 +50,15 @@ Phones = Callable[[np.ndarray], np.ndarray]
 VERSION = "v2"  # of the bundled voices
 WORST = 0.3  # mean disagreement of a pair that is not taken: they say something else
 _STEPS = ((0, 0.1), (1, 0.0), (2, 0.1), (3, 0.3))  # frames to move on by, with costs
-_SMOOTH = 7  # frames; less makes the sound hasten and halt
+_SMOOTH = 3  # frames; more blurs the border between two phones
 _SILENCE_DB = -45.0  # against the loud frames
 _CERTAIN = 20.0  # logit of a phone that is known
 _LEAST = 1e-3  # likelihood of two frames of different phones
 _FRAME = HOP_LENGTH / SAMPLE_RATE  # seconds between features
 _PITCH_HOP = 1 / FRAME_RATE
 _COMPRESSION = 0.3  # of the files
+_SEMITONES = (-3.0, 5.0)  # above the target's own pitch, drawn for each sentence
+_BLOCK = 40  # sentences that an engine says at a time
 
 
 def disagreement(own: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -167,35 +173,33 @@ def melody(f0: np.ndarray, T: int) -> np.ndarray:
     return np.where(f0[index] > 0, line, 0)
 
 
-def dub(recording: Path, pairs: Sequence[tuple[Path, Path]], by: Networks) -> int:
-    """Write a recording in the time of strangers, unless it is there.
+def dub(
+    said: Utterance, stranger: Path, target: Path, semitones: float, by: Networks
+) -> bool:
+    """Write what the target says in the time of a stranger.
 
     Args:
-        recording: of the target voice.
-        pairs: of each stranger his recording and the file to write.
+        said: by the target's engine.
+        stranger: a recording of the same phones.
+        target: the file to write.
+        semitones: above the target's own pitch.
         by: what hears them.
 
     Returns:
-        How many are there; one who says something else is left out.
+        Whether it was written: not when the two are not heard to say the same.
     """
-    missing = [pair for pair in pairs if not pair[1].is_file()]
-    if not missing:
-        return len(pairs)
-    found = len(pairs) - len(missing)
-    logits = by.logits(load_audio(recording))
-    sound = sound_of(*sf.read(recording))
-    for stranger, target in missing:
-        other = load_audio(stranger)
-        path, cost = aligned(disagreement(by.logits(other), logits))
-        if cost > WORST:
-            continue
-        T = int(len(other) / SAMPLE_RATE / FRAME_SECONDS) + 1
-        f0 = estimate_clip_f0(by.pitch_net, other, VOICING_THRESHOLD)
-        made = moved(sound, moments_of(path, T), melody(f0, T))
-        made *= min(1.0, 0.95 / (np.abs(made).max() + 1e-9))
-        write_vorbis(target, made.astype(np.float32), sound.rate, _COMPRESSION)
-        found += 1
-    return found
+    other = load_audio(stranger)
+    own = by.logits(said.at_16k())
+    path, cost = aligned(disagreement(by.logits(other), own))
+    if cost > WORST:
+        return False
+    T = int(len(other) / SAMPLE_RATE / FRAME_SECONDS) + 1
+    f0 = estimate_clip_f0(by.pitch_net, other, VOICING_THRESHOLD)
+    sound = sound_of(said.samples.astype(np.float64), said.rate)
+    made = moved(sound, moments_of(path, T), melody(f0, T), semitones)
+    made *= levelling(made, PEAK)
+    write_vorbis(target, made.astype(np.float32), said.rate, _COMPRESSION)
+    return True
 
 
 def recordings_in(folder: Path) -> list[Path]:
@@ -214,17 +218,17 @@ def recordings_in(folder: Path) -> list[Path]:
 
 
 def _job(
-    recording: Path, folder: Path, strangers: Sequence[Path], files: tuple[Path, Path]
+    pairs: Sequence[tuple[Path, Path]], voice: str, files: tuple[Path, Path]
 ) -> int:
-    copy = folder / recording.name
-    if not copy.is_file():
-        write_bytes(copy, recording.read_bytes())
-    pairs = [
-        (stranger, folder / f"{recording.stem}-{number}.ogg")
-        for number, others in enumerate(strangers)
-        if (stranger := others / f"{recording.stem}.ogg").is_file()
-    ]
-    return dub(recording, pairs, networks(*files))
+    """Dub recordings of one stranger to the files beside them; how many worked."""
+    by = networks(*files)
+    lines = [phones_of(stranger).read_text("utf-8") for stranger, _ in pairs]
+    said = ENGINES[voice]([read(line) for line in lines])
+    done = 0
+    for one, (stranger, target) in zip(said, pairs, strict=True):
+        rng = np.random.default_rng(zlib.crc32(target.name.encode()))
+        done += dub(one, stranger, target, rng.uniform(*_SEMITONES), by)
+    return done
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -238,17 +242,34 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    voice = options.recordings.name
+    if voice not in ENGINES:
+        raise ValueError(
+            f"{options.recordings}: no engine speaks as {voice}; expected a folder "
+            f"called {' or '.join(ENGINES)}"
+        )
     recordings = recordings_in(options.recordings)
     options.folder.mkdir(parents=True, exist_ok=True)
-    run = partial(
-        _job,
-        folder=options.folder,
-        strangers=options.strangers,
-        files=(options.encoder, options.rmvpe),
-    )
+    pairs = []
+    for recording in recordings:
+        copy = options.folder / recording.name
+        if not copy.is_file():
+            write_bytes(copy, recording.read_bytes())
+        for number, others in enumerate(options.strangers):
+            stranger = others / f"{recording.stem}.ogg"
+            target = options.folder / f"{recording.stem}-{number}.ogg"
+            if stranger.is_file() and not target.is_file():
+                if not phones_of(stranger).is_file():
+                    raise FileNotFoundError(
+                        f"{phones_of(stranger)}: not there; the command of "
+                        "recipes.make_strangers that made the folder adds it"
+                    )
+                pairs.append((stranger, target))
+    blocks = [pairs[i : i + _BLOCK] for i in range(0, len(pairs), _BLOCK)]
+    run = partial(_job, voice=voice, files=(options.encoder, options.rmvpe))
     with ProcessPoolExecutor(options.workers) as pool:
-        done = sum(pool.map(run, recordings))
-    log.info(f"{options.recordings}: {len(recordings)} sentences, {done} dubbed")
+        done = sum(pool.map(run, blocks))
+    log.info(f"{options.recordings}: {done} of {len(pairs)} sentences dubbed")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +69,13 @@ def run_engine(command: Sequence[str | Path]) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def flite(text: str, voice: str, stretch: float = 1.0, f0: float = 0.0) -> Utterance:
+def flite(
+    text: str,
+    voice: str,
+    stretch: float = 1.0,
+    f0: float = 0.0,
+    words: Mapping[str, Sequence[str]] | None = None,
+) -> Utterance:
     """Speak with Flite.
 
     Args:
@@ -77,12 +83,18 @@ def flite(text: str, voice: str, stretch: float = 1.0, f0: float = 0.0) -> Utter
         voice: ``"awb"``, ``"rms"``, ``"slt"`` or ``"kal16"``.
         stretch: duration.
         f0: mean F0 in Hz, 0 for the voice's own (``rms`` ignores it).
+        words: phones of words that its dictionary has not, or has otherwise; 0 or 1
+            behind each vowel says whether it is stressed.
     """
     settings = ["--setf", f"duration_stretch={stretch:.3f}"]
     if f0:
         settings += ["--setf", f"int_f0_target_mean={f0:.1f}"]
     with tempfile.TemporaryDirectory() as folder:
-        wav = Path(folder) / "a.wav"
+        wav, added = Path(folder) / "a.wav", Path(folder) / "words"
+        if words:
+            lines = [f"{word} : {' '.join(phones)}\n" for word, phones in words.items()]
+            added.write_text("".join(lines), "utf-8")
+            settings += ["-add_lex", str(added)]
         told = run_engine(
             ["flite", "-voice", voice, *settings, "-psdur", "-t", text, "-o", wav]
         )
@@ -200,8 +212,15 @@ def read_segments(path: Path, phone_class: Callable[[str], int]) -> list[Run]:
     ]
 
 
-def slt_labels(sentences: Sequence[str]) -> list[str]:
-    """Full-context labels of the HTS voice slt, for ``hts_engine``; no audio is made."""
+def slt_labels(
+    sentences: Sequence[str], words: Mapping[str, Sequence[str]] | None = None
+) -> list[str]:
+    """Full-context labels of the HTS voice slt, for ``hts_engine``; no audio is made.
+
+    Args:
+        sentences: what is said.
+        words: as for `flite`.
+    """
     setup = (
         "(defSynthType LABELS (begin (hts_dump_feats utt hts_feats_list label_file) utt))"
         "(Parameter.set 'Synth_Method 'LABELS)"
@@ -210,6 +229,9 @@ def slt_labels(sentences: Sequence[str]) -> list[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         lines = ["(voice_cmu_us_slt_arctic_hts)", setup]
+        for word, phones in (words or {}).items():
+            syllables = f"(lex.syllabify.phstress '({' '.join(phones)}))"
+            lines.append(f'(lex.add.entry (list "{word}" nil {syllables}))')
         for i, sentence in enumerate(sentences):
             text = sentence.replace("\\", "").replace('"', "")
             lines.append(f'(set! label_file "{folder}/{i:05d}.lab")')

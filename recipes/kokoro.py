@@ -25,6 +25,7 @@ import numpy as np
 
 from recipes.engines import Run, Utterance, run_engine
 from recipes.phones import PHONES, UNKNOWN, ipa_class
+from recipes.repeating import PAUSE, VOWELS, Word
 from recipes.speakers import KOKORO
 
 FOLDER = "KOKORO_VOICES"  # environment variable: folder of the voices, NAME.bin
@@ -37,6 +38,7 @@ _KEPT = 6  # frames of silence kept at either end
 _LEAD = 0.065  # seconds that a sound is early; measured: there a classifier agrees most
 _STYLE = 256  # values: how it sounds, then how it is spoken
 _PAUSES = ".,?!;:"
+_STRESS = "ˈˌ"
 
 # What espeak-ng writes to what the network was trained on, longer ones first.
 _AMERICAN = (
@@ -148,6 +150,32 @@ def symbol_classes(text: str, english: bool = True) -> list[int]:
     return classes
 
 
+def words_of(text: str) -> list[Word]:
+    """What English symbols sound like, word by word.
+
+    Sounds of no class are left out, and so is the length of vowels.
+    """
+    words: list[Word] = [[]]
+    stress = "0"
+    classes = symbol_classes(text)
+    for i, (symbol, found) in enumerate(zip(text, classes, strict=True)):
+        before = text[i - 1] if i else " "
+        if symbol in _STRESS:
+            stress = "1"
+        elif symbol in _PAUSES:
+            words += [PAUSE, []]
+        elif symbol.isspace():
+            words.append([])
+        elif found == UNKNOWN or symbol == "ː" or (symbol == "ɹ" and before in "ɜə"):
+            continue  # no sound, or the rest of one
+        elif (phone := PHONES[found]) in VOWELS:
+            words[-1].append(phone + stress)
+            stress = "0"
+        else:
+            words[-1].append(phone)
+    return [word for word in words if word]
+
+
 class Kokoro:
     """The network and its voices.
 
@@ -188,6 +216,11 @@ class Kokoro:
             self._styles[voice] = values.reshape(-1, _STYLE)
         return self._styles[voice]
 
+    def text_of(self, ipa: Sequence[str], accent: str) -> str:
+        """Clauses, as espeak-ng writes them, in symbols that the network knows."""
+        text = symbols(", ".join(c.strip() for c in ipa), accent) + "."
+        return "".join(c for c in text if c in self._numbers)[:500]
+
     def say(
         self, ipa: Sequence[str], style: np.ndarray, speed: float, accent: str
     ) -> Utterance:
@@ -200,8 +233,7 @@ class Kokoro:
             accent: espeak-ng's name of the language.
         """
         english = accent.startswith("en")
-        text = symbols(", ".join(c.strip() for c in ipa), accent) + "."
-        text = "".join(c for c in text if c in self._numbers)[:500]
+        text = self.text_of(ipa, accent)
         numbers = [0, *(self._numbers[c] for c in text), 0]
         samples, durations = self._network.run(
             None,

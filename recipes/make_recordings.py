@@ -18,7 +18,7 @@ import soundfile as sf
 
 from recipes import text
 from recipes.contours import random_contour
-from recipes.corpus import F0_HOP, LEVEL
+from recipes.corpus import F0_HOP, levelling
 from recipes.engines import flite, hts_engine, slt_labels
 from recipes.exporting import write_provenance
 from recipes.harmonics import analyse, resynthesise
@@ -26,6 +26,7 @@ from rvc_mlx.audio import SAMPLE_RATE
 
 log = logging.getLogger("recipes")
 
+PEAK = 0.95  # of a recording
 SPEAKERS_OF = {"slt": "slt_hts", "rms": "rms"}  # of recipes.speakers, by folder
 _BLOCK = 40  # sentences
 
@@ -103,10 +104,8 @@ def record(
     target.mkdir(parents=True, exist_ok=True)
     seconds, texts = 0.0, []
     for number, (sentence, samples, rate) in enumerate(_VOICES[voice](rng)):
-        level = np.sqrt(np.square(samples, dtype=np.float64).mean() + 1e-12)
-        gain = min(LEVEL / level, 0.95 / (np.abs(samples).max() + 1e-9))
         path = target / f"{number:04d}.{suffix}"
-        sf.write(path, samples * gain, rate, subtype="PCM_16")
+        sf.write(path, samples * levelling(samples, PEAK), rate, subtype="PCM_16")
         seconds += len(samples) / rate
         texts.append(f"{sentence}\n")
         if seconds >= 60 * minutes:

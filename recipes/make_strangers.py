@@ -1,8 +1,8 @@
 """Others who say what the target voices say: ``python -m recipes.make_strangers RECORDINGS OUT``.
 
 ``OUT/slt/0012.ogg`` is the sentence of ``RECORDINGS/slt/0012`` in some voice of Kokoro that
-is not kept for tests, at 16 kHz. ``recipes.dub`` moves the recordings into that time, and
-``recipes.strangers`` makes features of it.
+is not kept for tests, at 16 kHz; ``0012.phones`` is what he says. ``recipes.dub`` lets the
+target say the same in that time, and ``recipes.strangers`` makes features of it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,22 @@ import numpy as np
 from recipes import kokoro
 from recipes.corpus import write_vorbis
 from recipes.exporting import PROVENANCE, write_provenance
+from recipes.repeating import written
 from rvc_mlx.audio import SAMPLE_RATE
-from rvc_mlx.training.files import read_json
+from rvc_mlx.training.files import read_json, write_text
 
 log = logging.getLogger("recipes")
 
 
+def phones_of(recording: Path) -> Path:
+    """The file that says what a stranger says in a recording, see `repeating`."""
+    return recording.with_suffix(".phones")
+
+
 def say(sentence: str, path: Path, seed: int, beyond: float) -> float:
-    """Write one sentence unless it is there; its seconds."""
-    if path.is_file():
+    """Write one sentence and its phones unless they are there; its seconds."""
+    phones = phones_of(path)
+    if path.is_file() and phones.is_file():
         return 0.0
     rng = np.random.default_rng([seed, zlib.crc32(path.name.encode())])
     engine = kokoro.kokoro()
@@ -34,7 +41,12 @@ def say(sentence: str, path: Path, seed: int, beyond: float) -> float:
     accent = kokoro.english(voice)
     style = kokoro.mixed_style(voice, rng, engine.trained, beyond=beyond)
     spoken = kokoro.clauses(sentence, accent)
-    said = engine.say(spoken, style, rng.uniform(0.8, 1.2), accent)
+    words = written(kokoro.words_of(engine.text_of(spoken, accent)))
+    write_text(phones, f"{words}\n")
+    speed = rng.uniform(0.8, 1.2)
+    if path.is_file():
+        return 0.0
+    said = engine.say(spoken, style, speed, accent)
     samples = said.at_16k()
     level = np.float32(0.9 / max(0.9, float(np.abs(samples).max())))
     write_vorbis(path, level * samples.astype(np.float32), SAMPLE_RATE)

@@ -32,7 +32,7 @@ from rvc_mlx.training.recordings import PLAN
 log = logging.getLogger("recipes")
 
 STRANGERS = "strangers.json"  # in a run's folder: what they were made with
-LEAST = 0.4  # share of frames with the same phone; with fewer the dubbing failed
+LEAST = 0.5  # share of frames with the same phone; with fewer the dubbing failed
 
 
 def place_of(clip: np.ndarray, recording: np.ndarray) -> int:

@@ -35,13 +35,16 @@ def sound_of(samples: np.ndarray, rate: int) -> Sound:
     return Sound(rate, f0, np.log(envelope), aperiodicity)
 
 
-def moved(sound: Sound, moments: np.ndarray, f0: np.ndarray) -> np.ndarray:
+def moved(
+    sound: Sound, moments: np.ndarray, f0: np.ndarray, semitones: float = 0.0
+) -> np.ndarray:
     """A recording's sound at other moments and on another pitch.
 
     Args:
         sound: of the recording.
         moments: ``[T]`` seconds of the recording, every 5 ms of the result.
         f0: ``[T]`` Hz, 0 where unvoiced; moved as a whole to the recording's median.
+        semitones: above that median.
 
     Returns:
         ``[m]`` float64 at the recording's rate.
@@ -57,7 +60,7 @@ def moved(sound: Sound, moments: np.ndarray, f0: np.ndarray) -> np.ndarray:
 
     own = sound.f0[sound.f0 > 0]
     if len(own) and (f0 > 0).any():
-        f0 = f0 * np.median(own) / np.median(f0[f0 > 0])
+        f0 = f0 * np.median(own) / np.median(f0[f0 > 0]) * 2 ** (semitones / 12)
     made: np.ndarray = world().synthesize(
         f0,
         np.exp(between(sound.envelope)),

@@ -73,3 +73,15 @@ def test_the_engine_speaks(monkeypatch):
     clip = next(spoken)
     assert len(clip.samples) > 16000
     assert abs(clip.ends[-1] - len(clip.samples)) < 0.15 * 16000
+
+
+def test_symbols_become_words_of_phones():
+    words = kokoro.words_of("hˈWʧən skˈIndləɹ, ðə fˈɜːst.")
+    assert words == [
+        ["hh", "aw1", "ch", "ah0", "n"],
+        ["s", "k", "ay1", "n", "d", "l", "er0"],
+        ["sil"],
+        ["dh", "ah0"],
+        ["f", "er1", "s", "t"],
+        ["sil"],
+    ]

@@ -25,11 +25,13 @@ from processes import PATHS, launch
 from recipes import (
     corpus,
     dub,
+    engines,
     evaluate_content,
     evaluate_pitch,
     make_strangers,
     optimisation,
     phones,
+    repeating,
     speakers,
     strangers,
     text,
@@ -1174,32 +1176,93 @@ def test_moved_sound_has_the_stranger_s_time_and_melody(harmonics, tone):
     assert np.median(np.abs(off)) < 20
 
 
-def test_a_dubbed_recording_is_written_once(
+def test_what_is_said_is_dubbed_into_a_stranger_s_time(
     harmonics, monkeypatch, tmp_path, said, tone
 ):
-    own, other, target = (tmp_path / n for n in ("0.wav", "b.wav", "0-0.ogg"))
-    sf.write(own, tone, RATE)
-    sf.write(other, np.r_[tone, tone[::2]], RATE)
+    other, target = tmp_path / "0.ogg", tmp_path / "0-0.ogg"
+    sf.write(other, np.r_[tone, tone[::2]], RATE, format="WAV")
     heard = {RATE: said[:49], RATE * 3 // 2: said[np.arange(0, 49, 0.66).astype(int)]}
     by = SimpleNamespace(logits=lambda audio: heard[len(audio)], pitch_net=None)
-    f0 = np.full(151, 120.0)
-    monkeypatch.setattr(dub, "estimate_clip_f0", lambda *_: f0)
-    assert dub.dub(own, [(other, target)], by) == 1
+    monkeypatch.setattr(dub, "estimate_clip_f0", lambda *_: np.full(151, 120.0))
+    spoken = engines.Utterance(tone.astype(np.float32), RATE, [])
+    assert dub.dub(spoken, other, target, 12.0, by)
     samples, rate = sf.read(target)
     assert rate == RATE
     assert abs(len(samples) - 1.5 * RATE) < 0.02 * RATE
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "0-0.ogg",
-        "0.wav",
-        "b.wav",
-    ]
-    by.logits = None  # not asked again
-    assert dub.dub(own, [(other, target)], by) == 1
+    f0 = vocoding.sound_of(samples, rate).f0
+    assert abs(np.median(f0[f0 > 0]) - 320) < 4  # an octave above the tone
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-0.ogg", "0.ogg"]
     target.unlink()
     heard[RATE * 3 // 2] = -heard[RATE * 3 // 2]
-    by.logits = lambda audio: heard[len(audio)]
-    assert dub.dub(own, [(other, target)], by) == 0
+    assert not dub.dub(spoken, other, target, 0.0, by)
     assert not target.exists()
+
+
+def test_the_engine_says_what_each_stranger_says(monkeypatch, tmp_path):
+    pairs = [(tmp_path / f"{i}.ogg", tmp_path / f"{i}-0.ogg") for i in range(3)]
+    for i, (stranger, _) in enumerate(pairs):
+        make_strangers.phones_of(stranger).write_text(f"b iy{i % 2}\n")
+    dubbed = []
+
+    def stand_in(said, stranger, target, semitones, by):
+        assert -3 <= semitones <= 5
+        dubbed.append((said, stranger.name, target.name))
+        return stranger.name != "1.ogg"
+
+    monkeypatch.setattr(dub, "dub", stand_in)
+    monkeypatch.setattr(dub, "networks", lambda *_: None)
+    monkeypatch.setitem(repeating.ENGINES, "slt", list)
+    assert dub._job(pairs, "slt", (tmp_path, tmp_path)) == 2
+    expected = [([["b", f"iy{i % 2}"]], f"{i}.ogg", f"{i}-0.ogg") for i in range(3)]
+    assert dubbed == expected
+
+
+def test_dubbing_names_what_is_missing(tmp_path):
+    for folder in ("her", "slt", "other"):
+        (tmp_path / folder).mkdir()
+    for file in ("slt/0000.flac", "her/0000.flac", "other/0000.ogg"):
+        (tmp_path / file).write_bytes(b"")
+
+    def run(voice):
+        dub.main(
+            [
+                *map(str, (tmp_path / voice, tmp_path / "out", tmp_path / "other")),
+                *("--encoder", "e", "--rmvpe", "r"),
+            ]
+        )
+
+    with pytest.raises(ValueError, match=r"no engine speaks as her; .* slt or rms"):
+        run("her")
+    with pytest.raises(FileNotFoundError, match=r"0000\.phones: .*make_strangers"):
+        run("slt")
+
+
+def test_words_survive_a_line_of_text_and_get_names_of_their_own():
+    words = [["hh", "ah0", "l", "ow1"], repeating.PAUSE, ["ah1", "s"]]
+    assert repeating.read(f"{repeating.written(words)}\n") == words
+    sentence, dictionary = repeating.spelled(words)
+    first, second = dictionary
+    assert sentence == f"{first}, {second}."
+    assert list(dictionary.values()) == [["hh", "ax0", "l", "ow1"], ["ah1", "s"]]
+    _, many = repeating.spelled([["b", "iy1"]] * 400, first=100)
+    assert len(many) == 400
+
+
+@pytest.mark.parametrize(
+    ("voice", "programs"), [("rms", ["flite"]), ("slt", ["festival", "hts_engine"])]
+)
+def test_engines_repeat_the_very_phones(voice, programs):
+    engine(*programs)
+    lines = [
+        "s p aa1 t r ey0 l ah1 d / sil / ah0 b aw1 t / m er0 r ih1 l ow0 / sil",
+        "/".join(["w ih1 l", "zh uh0 n th", "dh ae1 t", "b ao1 r d"] * 5),
+    ]
+    sentences = [repeating.read(line) for line in lines]
+    for words, said in zip(sentences, repeating.ENGINES[voice](sentences), strict=True):
+        wanted = [phone.rstrip("01") for word in words for phone in word]
+        heard = [phones.PHONES[number] for number, _ in said.runs]
+        assert [p for p in heard if p != "sil"] == [p for p in wanted if p != "sil"]
+        assert len(said.samples) > 0.8 * said.runs[-1][1] * said.rate
 
 
 def test_a_clip_s_place_is_found_whatever_its_level(rng):
