@@ -17,7 +17,7 @@ import numpy as np
 
 from recipes.contours import random_contour
 from recipes.corpus import Clip, Shard, find_shards, make_clip, read_shard, write_shard
-from recipes.exporting import write_provenance
+from recipes.exporting import corpus_packages, write_provenance
 from recipes.harmonics import analyse, resynthesise, warp_formants
 from rvc_mlx.audio import SAMPLE_RATE
 
@@ -100,7 +100,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    write_provenance(options.folder, options.seed)
+    # What spoke is not only what is installed now.
+    made_with = corpus_packages([options.speech])
+    write_provenance(options.folder, options.seed, others=made_with)
     deadline = time.time() + 60 * options.minutes
     sources = [
         path
