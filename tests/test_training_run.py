@@ -52,6 +52,7 @@ from rvc_mlx.training.validation import SCORE, Scores, Validator
 from rvc_mlx.training.voice_export import (
     VoiceFacts,
     extract_voice,
+    voice_tensors,
     write_training_checkpoint,
     write_voice,
 )
@@ -384,6 +385,24 @@ def test_extract_command_gives_the_same_voice(voice, tmp_path, capsys):
             np.testing.assert_array_equal(found.tensors[name], value)
     assert main([str(word) for word in command]) == 1
     assert "--force" in capsys.readouterr().err
+
+
+def test_extract_gives_the_voice_of_a_run_as_it_is_now(uninterrupted, tmp_path):
+    run, *_ = uninterrupted
+    state = read_checkpoint(run / STATE)
+    voice = tmp_path / "v.safetensors"
+    assert main(["extract", str(run / STATE), "-o", str(voice)]) == 0
+    found, best = read_checkpoint(voice), read_checkpoint(run / "v.safetensors")
+    assert found.metadata["embedder_model"] == best.metadata["embedder_model"]
+    progress = state.metadata["progress"]
+    assert (found.metadata["epoch"], found.metadata["step"]) == (
+        progress["epoch"],
+        progress["step"],
+    )
+    expected = {k[2:]: mx.array(v) for k, v in state.tensors.items() if k[:2] == "g."}
+    for name, value in voice_tensors(to_torch(expected)).items():
+        np.testing.assert_array_equal(found.tensors[name], value)
+    assert found.metadata["config"] == best.metadata["config"]
 
 
 def test_training_checkpoint_has_the_public_layout(tmp_path):

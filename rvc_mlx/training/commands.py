@@ -7,6 +7,7 @@ the names that Applio and the WebUI use as aliases.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -252,11 +253,11 @@ def _index(arguments: argparse.Namespace) -> int:
 def _add_extract(commands: Any) -> None:
     parser = commands.add_parser(
         "extract",
-        help="turn a training checkpoint G_*.pth into a voice",
+        help="turn a training checkpoint G_*.pth or a run's state into a voice",
         description="Turn a generator's training checkpoint, of this program or of "
-        "Applio or the WebUI, into a voice that all of them load.",
+        "Applio or the WebUI, or the state of a run, into a voice that all of them load.",
     )
-    parser.add_argument("checkpoint", metavar="G_N.pth")
+    parser.add_argument("checkpoint", metavar="G_N.pth|state.safetensors")
     parser.add_argument(
         "-o", "--output", "--save-name", required=True, action="append", metavar="FILE",
         help=".pth (public layout) or .safetensors; may be given twice",
@@ -269,13 +270,21 @@ def _add_extract(commands: Any) -> None:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
+    from rvc_mlx.training.files import read_json
+    from rvc_mlx.training.plan import RUN
+    from rvc_mlx.training.trainer import STATE
     from rvc_mlx.training.voice_export import VoiceFacts, extract_voice
 
     targets = [Path(name) for name in arguments.output]
     refuse_overwrite(targets, arguments.force)
     name = arguments.name or targets[0].stem
     facts = VoiceFacts(name, author=arguments.author, info=arguments.info)
-    config = extract_voice(arguments.checkpoint, targets, facts)
+    source = Path(arguments.checkpoint)
+    if source.name == STATE and (source.parent / RUN).is_file():
+        told = read_json(source.parent / RUN)
+        author = facts.author or told["author"]
+        facts = replace(facts, author=author, embedder=told["embedder"])
+    config = extract_voice(source, targets, facts)
     names = " and ".join(map(str, targets))
     say(
         f"{arguments.checkpoint} -> {names} ({config.version}, {config.sample_rate} Hz)"

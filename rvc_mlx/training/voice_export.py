@@ -16,11 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from rvc_mlx.checkpoint import read_checkpoint
 from rvc_mlx.formats.torch_writer import write_torch
 from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
+from rvc_mlx.training.parametrization import to_torch
+from rvc_mlx.training.presets import TrainingConfig
 from rvc_mlx.training.state import replacing, write_tensors
 from rvc_mlx.version import __version__
 
@@ -198,7 +201,8 @@ def extract_voice(
     """Turn a training checkpoint of the generator into a voice.
 
     Args:
-        source: ``G_*.pth`` of this program or of a public one, with or without a config.
+        source: ``G_*.pth`` of this program or of a public one, with or without a config;
+            or ``state.safetensors`` of a run, which holds the generator as it is now.
         targets: ``.pth`` or ``.safetensors`` files to write.
         facts: what the voice's file says; its epoch is the checkpoint's.
 
@@ -210,7 +214,10 @@ def extract_voice(
         OSError: a file cannot be read or written.
     """
     checkpoint = read_checkpoint(source)
-    tensors, metadata = checkpoint.tensors, checkpoint.metadata
+    tensors: Tensors = checkpoint.tensors
+    metadata: Mapping[str, Any] = checkpoint.metadata
+    if "progress" in metadata:
+        tensors, metadata = _generator_of_run(tensors, metadata)
     if "enc_p.emb_phone.weight" not in tensors or "emb_g.weight" not in tensors:
         hint = (
             "a discriminator; give the G_*.pth beside it"
@@ -223,11 +230,30 @@ def extract_voice(
         config = SynthesizerConfig.from_tensors(listed, tensors)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    facts = replace(facts, epoch=_integer(metadata.get("iteration")))
+    epoch, step = (_integer(metadata.get(name)) for name in ("iteration", "step"))
+    facts = replace(facts, epoch=epoch, step=step)
     floats = {name: value.astype(np.float32) for name, value in tensors.items()}
     for target in targets:
         write_voice(target, floats, config, facts)
     return config
+
+
+def _generator_of_run(
+    tensors: Tensors, metadata: Mapping[str, Any]
+) -> tuple[Tensors, dict[str, Any]]:
+    """A run's state as a training checkpoint of its generator."""
+    config = TrainingConfig.from_dict(metadata["identity"]["config"]).model
+    progress = metadata["progress"]
+    generator = {
+        name.removeprefix("g."): mx.array(value)
+        for name, value in tensors.items()
+        if name.startswith("g.")
+    }
+    return to_torch(generator), {
+        "config": config.as_list(),
+        "iteration": progress["epoch"],
+        "step": progress["step"],
+    }
 
 
 def _integer(value: Any) -> int:
