@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes.calibrate_pitch import CALIBRATED_FROM
 from recipes.exporting import PROVENANCE, corpus_facts
 from recipes.make_recordings import SPEAKERS_OF
 from recipes.speakers import ENGINE_PACKAGES, SPEAKERS
 from recipes.strangers import STRANGERS
-from rvc_mlx.checkpoint import hash_file
+from rvc_mlx.checkpoint import hash_file, read_checkpoint
 from rvc_mlx.training.features import SETTINGS
 from rvc_mlx.training.files import read_json
 from rvc_mlx.training.plan import RUN
@@ -45,7 +46,8 @@ def find_run(
         name: under which it is bundled.
         path: the run's folder, or another of its voices, as ``slt_40e_8000s.safetensors``.
         networks: files of the encoder (``"features"``) and of the pitch network
-            (``"pitch"``) that it is bundled with.
+            (``"pitch"``) that it is bundled with; the latter may have been calibrated
+            again since.
         recordings: of ``recipes.make_recordings``, with its provenance.
 
     Raises:
@@ -58,7 +60,8 @@ def find_run(
     made_with = read_json(_required(folder / SETTINGS, "what it learnt from"))
     for part, network in networks.items():
         wanted, found = made_with[part][_MADE_BY[part]], hash_file(network)
-        if wanted != found:
+        before = str(read_checkpoint(network).metadata.get(CALIBRATED_FROM, ""))
+        if wanted != found and wanted not in before:
             raise ValueError(
                 f"{voice}: trained with a network of sha256 {wanted}, but {network} has "
                 f"{found}; give the file that it was trained with"

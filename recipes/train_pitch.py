@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 from collections.abc import Iterator
 
 import mlx.core as mx
-import numpy as np
 
 from recipes import cli
+from recipes.calibrate_pitch import calibrate
 from recipes.exporting import corpus_facts, export, start_from
 from recipes.optimisation import Batch, Training
 from recipes.pitch_training import (
@@ -26,7 +25,6 @@ from recipes.pitch_training import (
 )
 from recipes.running import Watch, prefetch, run, write_history
 from rvc_mlx.models.rmvpe import RMVPEConfig
-from rvc_mlx.pitch import VOICING_THRESHOLD
 from rvc_mlx.training.distributed import Group, connect
 
 log = logging.getLogger("recipes")
@@ -40,53 +38,6 @@ def prepared(
         ready = prepare(batch, batches.length, n_mels)
         mx.async_eval(ready)
         yield ready
-
-
-def best_threshold(salience: np.ndarray, voiced: np.ndarray) -> float:
-    """The threshold on the strongest class with the fewest voicing errors.
-
-    Args:
-        salience: ``[...]`` strongest class of each frame, 0..1.
-        voiced: truth, the same shape.
-
-    Returns:
-        One of .02, .04 to .9.
-    """
-    candidates = np.linspace(0.02, 0.9, 45)
-    errors = [((salience > t) != voiced).mean() for t in candidates]
-    return float(candidates[int(np.argmin(errors))])
-
-
-def calibrate(training: Training, batches: PitchBatches, count: int = 8) -> float:
-    """Shift the last bias so that RVC's fixed threshold has the fewest voicing errors.
-
-    A constant added to all classes' logits leaves their order; only voicing changes.
-
-    Args:
-        training: its finished network is changed, its weights are not.
-        batches: of a seed that training has not seen.
-        count: batches that are looked at.
-
-    Returns:
-        The threshold that was best before.
-    """
-    network = training.finished_network()
-    n_mels = network.rmvpe.config.n_mels
-    strongest, voiced = [], []
-    for step in range(count):
-        batch = prepare(batches(step), batches.length, n_mels)
-        logits = network.logits(batch["mel"]).max(axis=-1)
-        strongest.append(np.array(mx.sigmoid(logits)))
-        voiced.append(np.array(batch["height"]) == 1)
-    found = best_threshold(np.concatenate(strongest), np.concatenate(voiced))
-    shift = _logit(VOICING_THRESHOLD) - _logit(found)
-    last = network.rmvpe.fc[1]
-    last.bias = last.bias + shift
-    return found
-
-
-def _logit(p: float) -> float:
-    return math.log(p / (1 - p))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -132,7 +83,8 @@ def main(arguments: list[str] | None = None) -> None:
         unseen = PitchBatches(
             shards, options.batch, options.frames, options.seed + 10**6
         )
-        facts["threshold_before_calibration"] = f"{calibrate(training, unseen):.2f}"
+        training.finished_network()  # its weights are put into `network`
+        facts["threshold_before_calibration"] = f"{calibrate(network, unseen):.2f}"
         facts["steps"] = str(training.step)
         export(options.export, training.network.rmvpe, "rmvpe", facts)
         log.info(f"wrote {options.export}")

@@ -10,7 +10,12 @@ from stand_ins import write_run, write_stand_ins
 from recipes import bundle
 from recipes.bundle_runs import find_run
 from rvc_mlx.bundled_models import NETWORKS
-from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
+from rvc_mlx.checkpoint import (
+    hash_file,
+    name_and_hash,
+    read_checkpoint,
+    save_checkpoint,
+)
 from rvc_mlx.retrieval import read_index
 
 FILES = [
@@ -270,3 +275,19 @@ def test_a_voice_that_heard_strangers_says_so(made, tmp_path):
     facts = find_run("slt", run, networks, made.recordings).facts
     assert facts["strangers"].endswith(" (Apache-2.0): espeak-ng=1.5 kokoro-js=1.2")
     assert "strangers" not in find_run("slt", made.slt, networks, made.recordings).facts
+
+
+def test_a_pitch_network_may_be_calibrated_after_the_voice(made, tmp_path):
+    read = read_checkpoint(made.rmvpe)
+    told = {**read.metadata, "calibrated_from": name_and_hash(made.rmvpe)}
+    changed = {name: value + 1 for name, value in read.tensors.items()}
+    for metadata in (told, {**told, "calibrated_from": "another"}):
+        path = tmp_path / f"{len(str(metadata))}.safetensors"
+        save_checkpoint(path, changed, metadata)
+        networks = {"features": made.encoder, "pitch": path}
+        if metadata is told:
+            run = find_run("slt", made.slt, networks, made.recordings)
+            assert run.voice == made.slt / "slt.safetensors"
+        else:
+            with pytest.raises(ValueError, match="trained with a network"):
+                find_run("slt", made.slt, networks, made.recordings)

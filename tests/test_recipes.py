@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten
 from processes import PATHS, launch
 
 from recipes import (
+    calibrate_pitch,
     corpus,
     dub,
     engines,
@@ -714,17 +715,47 @@ def test_the_pitch_loss_falls_and_the_statistics_move(tmp_path):
 
 def test_calibration_moves_the_best_threshold_to_the_fixed_one(monkeypatch):
     training, batches = pitch_training(1)
-    monkeypatch.setattr(train_pitch, "best_threshold", lambda *_: 0.5)
-    before = training.finished_network().rmvpe.fc[1].bias
-    assert train_pitch.calibrate(training, batches, 1) == 0.5
-    moved = training.network.rmvpe.fc[1].bias - before
+    monkeypatch.setattr(calibrate_pitch, "best_threshold", lambda *_: 0.5)
+    network = training.finished_network()
+    before = network.rmvpe.fc[1].bias
+    assert calibrate_pitch.calibrate(network, batches, 1) == 0.5
+    moved = network.rmvpe.fc[1].bias - before
     np.testing.assert_allclose(moved, np.log(0.03 / 0.97), rtol=1e-5)
 
 
 def test_the_best_threshold_has_the_fewest_errors():
     voiced = np.arange(100) >= 40
     salience = np.where(voiced, 0.7, 0.3)
-    assert 0.3 <= train_pitch.best_threshold(salience, voiced) < 0.7
+    assert 0.3 <= calibrate_pitch.best_threshold(salience, voiced) < 0.7
+
+
+def test_missed_frames_may_weigh_more_than_false_ones():
+    voiced = np.arange(100) >= 50
+    salience = np.linspace(0.1, 0.9, 100)[np.r_[np.arange(30), 40:60, 30:40, 60:100]]
+    found = [calibrate_pitch.best_threshold(salience, voiced, w) for w in (1, 9)]
+    missed = [(voiced & (salience <= threshold)).sum() for threshold in found]
+    assert missed[1] < missed[0]
+
+
+def test_a_network_is_calibrated_again_and_says_from_which(tmp_path):
+    mx.random.seed(4)
+    before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    export(before, PitchTrainer(TINY_PITCH).rmvpe, "rmvpe", {"seed": "7"})
+    shard = glide()
+    runs = shard.classes, shard.ends, shard.f0, shard.voiced
+    clip = Clip(shard.samples.astype(np.float32) / 32768, *runs)
+    write_shard(tmp_path / "part-0/glide-00", [clip])
+    line = [tmp_path, "--network", before, "--export", after, "--batch", 2]
+    calibrate_pitch.main([*map(str, line), "--batches", "1"])
+    old, new = (read_weights(path, "rmvpe") for path in (before, after))
+    assert new.metadata["seed"] == "7"
+    assert new.metadata["calibrated_from"].startswith("before.safetensors (sha256 ")
+    different = [
+        name
+        for name, value in old.tensors.items()
+        if (value != new.tensors[name]).any()
+    ]
+    assert different == ["fc.1.bias"]
 
 
 def test_an_exported_pitch_network_loads_as_a_public_one(tmp_path, rng):
