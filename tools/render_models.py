@@ -42,6 +42,8 @@ FACTS = {  # metadata to what a person calls it, in this order
     "seed": "seed",
     "strangers": "strangers heard in training",
     "started_from": "started from",
+    "calibrated_from": "calibrated anew from",
+    "false_frames_per_missed_one": "false voiced frames that one missed weighed",
     "steps": "steps",
     "step": "steps",
     "epoch": "epochs",
