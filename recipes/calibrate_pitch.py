@@ -29,7 +29,9 @@ from rvc_mlx.pitch import VOICING_THRESHOLD
 
 log = logging.getLogger("recipes")
 
-CALIBRATED_FROM = "calibrated_from"  # in the metadata: the file before, with its hash
+CALIBRATED_FROM = (
+    "calibrated_from"  # in the metadata: the files before, with their hashes
+)
 _CANDIDATES = np.geomspace(0.002, 0.9, 100)
 
 
@@ -103,6 +105,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=10**6)
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if not 0 < options.missed < math.inf or options.batches < 1:
+        raise ValueError(
+            f"--missed {options.missed:g} --batches {options.batches}; expected both "
+            "above 0"
+        )
     read = read_weights(options.network, "rmvpe")
     network = PitchTrainer(RMVPEConfig.from_tensors(read.tensors))
     start_from(options.network, network.rmvpe, "rmvpe")
@@ -110,10 +117,14 @@ def main(arguments: list[str] | None = None) -> None:
     shards = cli.read_corpus(options.corpus, options.leave_out)
     batches = PitchBatches(shards, options.batch, 160, options.seed)
     found = calibrate(network, batches, options.batches, options.missed)
+    before = {k: str(value) for k, value in read.metadata.items() if k != "kind"}
+    lineage = [name_and_hash(options.network), before.get(CALIBRATED_FROM, "")]
     facts = {
-        **{name: str(value) for name, value in read.metadata.items() if name != "kind"},
-        CALIBRATED_FROM: name_and_hash(options.network),
+        **before,
+        CALIBRATED_FROM: "; ".join(filter(None, lineage)),
+        "threshold_before_calibration": f"{found:.4f}",
         "false_frames_per_missed_one": f"{options.missed:g}",
+        "calibration_seed": str(options.seed),
     }
     export(options.export, network.rmvpe, "rmvpe", facts)
     log.info(f"wrote {options.export}; the best threshold was {found:.4f}")

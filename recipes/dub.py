@@ -2,8 +2,9 @@
 
 Somebody says a sentence of the recordings (``make_strangers``), at his own pace, with his
 own melody and pronunciation. The target's engine says the same phones, and that is moved
-into his time and onto his pitch (WORLD), so there is a recording of the target voice for
-just what the encoder and the pitch network hear of the stranger: what a conversion is.
+into his time and onto his melody (WORLD), at some pitch of the target's range, as a singer
+would choose it: there is a recording of the target voice for just what the encoder and the
+pitch network hear of the stranger, as in a conversion.
 
     python -m recipes.dub RECORDINGS/slt DUBBED/slt STRANGERS/slt... --encoder E --rmvpe R
 
@@ -32,7 +33,7 @@ from recipes.engines import Utterance
 from recipes.harmonics import FRAME_SECONDS
 from recipes.make_recordings import PEAK
 from recipes.make_strangers import phones_of
-from recipes.repeating import ENGINES, read
+from recipes.repeating import ENGINES, PAUSE, read
 from recipes.vocoding import moved, sound_of
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.audio_io import load_audio
@@ -223,7 +224,11 @@ def _job(
     """Dub recordings of one stranger to the files beside them; how many worked."""
     by = networks(*files)
     lines = [phones_of(stranger).read_text("utf-8") for stranger, _ in pairs]
-    said = ENGINES[voice]([read(line) for line in lines])
+    sentences = [read(line) for line in lines]
+    for sentence, (stranger, _) in zip(sentences, pairs, strict=True):
+        if all(word == PAUSE for word in sentence):
+            raise ValueError(f"{phones_of(stranger)}: nothing is said; remove it")
+    said = ENGINES[voice](sentences)
     done = 0
     for one, (stranger, target) in zip(said, pairs, strict=True):
         rng = np.random.default_rng(zlib.crc32(target.name.encode()))
@@ -249,27 +254,37 @@ def main(arguments: list[str] | None = None) -> None:
             f"called {' or '.join(ENGINES)}"
         )
     recordings = recordings_in(options.recordings)
+    for others in options.strangers:
+        if not any(others.glob("*.ogg")):
+            raise FileNotFoundError(
+                f"{others}: no strangers; recipes.make_strangers writes them"
+            )
+    pairs = [
+        (stranger, options.folder / f"{recording.stem}-{number}.ogg")
+        for recording in recordings
+        for number, others in enumerate(options.strangers)
+        if (stranger := others / f"{recording.stem}.ogg").is_file()
+    ]
+    for stranger, _ in pairs:
+        if not phones_of(stranger).is_file():
+            raise FileNotFoundError(
+                f"{phones_of(stranger)}: not there; the command of "
+                "recipes.make_strangers that made the folder adds it"
+            )
     options.folder.mkdir(parents=True, exist_ok=True)
-    pairs = []
     for recording in recordings:
         copy = options.folder / recording.name
         if not copy.is_file():
             write_bytes(copy, recording.read_bytes())
-        for number, others in enumerate(options.strangers):
-            stranger = others / f"{recording.stem}.ogg"
-            target = options.folder / f"{recording.stem}-{number}.ogg"
-            if stranger.is_file() and not target.is_file():
-                if not phones_of(stranger).is_file():
-                    raise FileNotFoundError(
-                        f"{phones_of(stranger)}: not there; the command of "
-                        "recipes.make_strangers that made the folder adds it"
-                    )
-                pairs.append((stranger, target))
-    blocks = [pairs[i : i + _BLOCK] for i in range(0, len(pairs), _BLOCK)]
+    missing = [pair for pair in pairs if not pair[1].is_file()]
+    blocks = [missing[i : i + _BLOCK] for i in range(0, len(missing), _BLOCK)]
     run = partial(_job, voice=voice, files=(options.encoder, options.rmvpe))
     with ProcessPoolExecutor(options.workers) as pool:
         done = sum(pool.map(run, blocks))
-    log.info(f"{options.recordings}: {done} of {len(pairs)} sentences dubbed")
+    log.info(
+        f"{options.recordings}: {done} sentences dubbed, {len(missing) - done} left "
+        f"out, {len(pairs) - len(missing)} there already"
+    )
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def write_provenance(
     Args:
         folder: of the corpus.
         seed: of its draws.
-        others: versions of packages that are not Debian's.
+        others: versions of packages that are not Debian's, or that made what the corpus is
+            made of; they go before those that are installed.
         settings: what else the corpus depends on, by name.
     """
     told = subprocess.run(

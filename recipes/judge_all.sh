@@ -49,7 +49,7 @@ convert mapped mapped "${both[@]}" --judges f0,speaker,clicks,loudness \
 convert flite flite "${only_slt[@]}" --pictured 0 ${AUDIO:+--audio "$AUDIO/flite"}
 convert own own "${only_rms[@]}" --pictured 0 ${AUDIO:+--audio "$AUDIO/own"}
 step pitch "$python" -m recipes.evaluate_pitch "$corpus/pitch-test" --network "$rmvpe" \
-  --snr inf 20 10 5 --report "$results/pitch.json"
+  --report "$results/pitch.json"
 step content "$python" -m recipes.evaluate_content "$encoder" "$corpus/content/part-0" \
   "$corpus/content-test" --report "$results/content.json" --speakers \
   kal ked awb slt slt_hts rms nsh ph krb dita machac lp pc lj nsk af_heart am_michael bf_emma

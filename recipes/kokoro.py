@@ -162,10 +162,9 @@ def words_of(text: str) -> list[Word]:
         before = text[i - 1] if i else " "
         if symbol in _STRESS:
             stress = "1"
-        elif symbol in _PAUSES:
-            words += [PAUSE, []]
-        elif symbol.isspace():
-            words.append([])
+        elif symbol in _PAUSES or symbol.isspace():
+            words += [[]] if symbol.isspace() else [PAUSE, []]
+            stress = "0"
         elif found == UNKNOWN or symbol == "ː" or (symbol == "ɹ" and before in "ɜə"):
             continue  # no sound, or the rest of one
         elif (phone := PHONES[found]) in VOWELS:

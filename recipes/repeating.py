@@ -53,12 +53,20 @@ def spelled(words: Sequence[Word], first: int = 0) -> tuple[str, dict[str, Word]
     Args:
         words: and pauses.
         first: number of the first name; one dictionary may serve several sentences.
+
+    Raises:
+        ValueError: there are more words than names.
     """
     text, dictionary = "", {}
-    for number, word in enumerate(words, first):
+    for word in words:
         if word == PAUSE:
             text = f"{text.rstrip(' ,')}, "
             continue
+        number = first + len(dictionary)
+        if number >= len(_SYLLABLES) ** 2:
+            raise ValueError(
+                f"more than {number} words at a time; give fewer sentences"
+            )
         # Flite spells out what it cannot pronounce, so a name has vowels.
         high, low = divmod(number, len(_SYLLABLES))
         name = "zo" + _SYLLABLES[low] + _SYLLABLES[high]
@@ -81,7 +89,7 @@ def slt_repeats(sentences: Sequence[Sequence[Word]]) -> list[Utterance]:
         text, words = spelled(sentence, count)
         texts.append(text)
         dictionary |= words
-        count += len(sentence)
+        count += len(words)
     return [hts_engine(label) for label in slt_labels(texts, dictionary)]
 
 

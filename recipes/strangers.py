@@ -1,9 +1,9 @@
 """Teach a voice how others sound to the encoder: ``python -m recipes.strangers``.
 
 A voice hears only its own speaker in training; of a stranger the encoder makes other
-features, and the words blur. Here a stranger says the same sentences (``make_strangers``)
-and the recordings are put into his time (``dub``). What the encoder makes of him lies
-beside the features of the dubbed clips, so ``rvc-mlx train`` trains on both.
+features, and the words blur. Here strangers say the same sentences (``make_strangers``) and
+the target's engine repeats them in their time (``dub``). What the encoder makes of a
+stranger lies beside the features of the dubbed clip, so ``rvc-mlx train`` trains on both.
 
     python -m recipes.strangers DUBBED/slt RUNS/slt STRANGERS/slt... --encoder E --rmvpe R
 """

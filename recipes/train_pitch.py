@@ -83,8 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
         unseen = PitchBatches(
             shards, options.batch, options.frames, options.seed + 10**6
         )
-        training.finished_network()  # its weights are put into `network`
-        facts["threshold_before_calibration"] = f"{calibrate(network, unseen):.2f}"
+        facts["threshold_before_calibration"] = (
+            f"{calibrate(training.finished_network(), unseen):.4f}"
+        )
         facts["steps"] = str(training.step)
         export(options.export, training.network.rmvpe, "rmvpe", facts)
         log.info(f"wrote {options.export}")

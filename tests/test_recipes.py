@@ -756,6 +756,14 @@ def test_a_network_is_calibrated_again_and_says_from_which(tmp_path):
         if (value != new.tensors[name]).any()
     ]
     assert different == ["fc.1.bias"]
+    again = tmp_path / "again.safetensors"
+    line[2], line[4] = after, again
+    calibrate_pitch.main([*map(str, line), "--batches", "1"])
+    lineage = read_weights(again, "rmvpe").metadata["calibrated_from"].split("; ")
+    assert [name.split()[0] for name in lineage] == [after.name, before.name]
+    for wrong in (("--missed", "nan"), ("--missed", "0"), ("--batches", "0")):
+        with pytest.raises(ValueError, match="expected both above 0"):
+            calibrate_pitch.main([*map(str, line), *wrong])
 
 
 def test_an_exported_pitch_network_loads_as_a_public_one(tmp_path, rng):
@@ -1248,7 +1256,8 @@ def test_the_engine_says_what_each_stranger_says(monkeypatch, tmp_path):
     assert dubbed == expected
 
 
-def test_dubbing_names_what_is_missing(tmp_path):
+def test_dubbing_names_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(dub, "networks", lambda *_: None)
     for folder in ("her", "slt", "other"):
         (tmp_path / folder).mkdir()
     for file in ("slt/0000.flac", "her/0000.flac", "other/0000.ogg"):
@@ -1266,6 +1275,13 @@ def test_dubbing_names_what_is_missing(tmp_path):
         run("her")
     with pytest.raises(FileNotFoundError, match=r"0000\.phones: .*make_strangers"):
         run("slt")
+    (tmp_path / "other/0000.ogg").unlink()
+    with pytest.raises(FileNotFoundError, match="other: no strangers"):
+        run("slt")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "0.phones").write_text("sil\n")
+    with pytest.raises(ValueError, match=r"0\.phones: nothing is said"):
+        dub._job([(tmp_path / "0.ogg", tmp_path / "o")], "slt", (tmp_path, tmp_path))
 
 
 def test_words_survive_a_line_of_text_and_get_names_of_their_own():

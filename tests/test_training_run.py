@@ -25,7 +25,7 @@ import soundfile
 import torch
 from processes import PATHS, launch
 
-from rvc_mlx.checkpoint import hash_file, read_checkpoint
+from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
 from rvc_mlx.cli import main
 from rvc_mlx.formats.torch_writer import write_torch
 from rvc_mlx.models.layers import load_strictly
@@ -38,6 +38,7 @@ from rvc_mlx.training.dataset import TrainingSet
 from rvc_mlx.training.distributed import agree, frame_share, mean_gradients
 from rvc_mlx.training.monitor import Monitor, draw_mel
 from rvc_mlx.training.parametrization import from_torch, initial, to_torch
+from rvc_mlx.training.plan import RUN
 from rvc_mlx.training.presets import TrainingConfig
 from rvc_mlx.training.state import (
     Progress,
@@ -388,21 +389,55 @@ def test_extract_command_gives_the_same_voice(voice, tmp_path, capsys):
 
 
 def test_extract_gives_the_voice_of_a_run_as_it_is_now(uninterrupted, tmp_path):
-    run, *_ = uninterrupted
-    state = read_checkpoint(run / STATE)
-    voice = tmp_path / "v.safetensors"
-    assert main(["extract", str(run / STATE), "-o", str(voice)]) == 0
-    found, best = read_checkpoint(voice), read_checkpoint(run / "v.safetensors")
-    assert found.metadata["embedder_model"] == best.metadata["embedder_model"]
-    progress = state.metadata["progress"]
-    assert (found.metadata["epoch"], found.metadata["step"]) == (
-        progress["epoch"],
-        progress["step"],
+    run, state, voice = uninterrupted[0], tmp_path / "s.safetensors", tmp_path / "o.pth"
+    shutil.copy(run / STATE, state)
+    told = json.loads((run / RUN).read_text())
+    told |= {"embedder": "other", "author": "somebody"}
+    (tmp_path / RUN).write_text(json.dumps(told))
+    best = read_checkpoint(run / "v.safetensors")
+    named = {k: v for k, v in best.metadata.items() if k != "kind"}
+    save_checkpoint(
+        tmp_path / "v.safetensors", best.tensors, {**named, "speakers_id": 3}
     )
-    expected = {k[2:]: mx.array(v) for k, v in state.tensors.items() if k[:2] == "g."}
-    for name, value in voice_tensors(to_torch(expected)).items():
+    assert main(["extract", str(state), "-o", str(voice), "--info", "now"]) == 0
+    found, saved = read_checkpoint(voice), read_checkpoint(state)
+    progress = saved.metadata["progress"]
+    expected = {
+        "model_name": "o",
+        "info": "now",
+        "embedder_model": "other",
+        "author": "somebody",
+        "speakers_id": 3,
+        "dataset_length": best.metadata["dataset_length"],
+        "config": best.metadata["config"],
+        "epoch": progress["epoch"],
+        "step": progress["step"],
+    }
+    assert {name: found.metadata[name] for name in expected} == expected
+    assert expected["dataset_length"]
+    now = {k[2:]: mx.array(v) for k, v in saved.tensors.items() if k[:2] == "g."}
+    for name, value in voice_tensors(to_torch(now)).items():
         np.testing.assert_array_equal(found.tensors[name], value)
-    assert found.metadata["config"] == best.metadata["config"]
+
+
+@pytest.mark.parametrize("damage", ["config", "progress", "settings", "elsewhere"])
+def test_extract_says_what_is_wrong_with_a_run(damage, uninterrupted, tmp_path, capsys):
+    saved = read_checkpoint(uninterrupted[0] / STATE)
+    metadata = dict(saved.metadata)
+    if damage == "config":
+        metadata["identity"] = {**metadata["identity"], "config": {}}
+    if damage == "progress":
+        metadata["progress"] = 7
+    save_checkpoint(tmp_path / "s.safetensors", saved.tensors, metadata)
+    if damage != "elsewhere":
+        (tmp_path / RUN).write_text("{}")
+    voice = tmp_path / "o.pth"
+    assert main(["extract", str(tmp_path / "s.safetensors"), "-o", str(voice)]) == 1
+    said = capsys.readouterr().err
+    expected = {"settings": "no settings of a run", "elsewhere": "in its run's folder"}
+    assert expected.get(damage, "no saved run") in said
+    assert said.count("\n") == 1
+    assert not voice.exists()
 
 
 def test_training_checkpoint_has_the_public_layout(tmp_path):

@@ -7,7 +7,6 @@ the names that Applio and the WebUI use as aliases.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,21 +269,13 @@ def _add_extract(commands: Any) -> None:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from rvc_mlx.training.files import read_json
-    from rvc_mlx.training.plan import RUN
-    from rvc_mlx.training.trainer import STATE
     from rvc_mlx.training.voice_export import VoiceFacts, extract_voice
 
     targets = [Path(name) for name in arguments.output]
     refuse_overwrite(targets, arguments.force)
     name = arguments.name or targets[0].stem
     facts = VoiceFacts(name, author=arguments.author, info=arguments.info)
-    source = Path(arguments.checkpoint)
-    if source.name == STATE and (source.parent / RUN).is_file():
-        told = read_json(source.parent / RUN)
-        author = facts.author or told["author"]
-        facts = replace(facts, author=author, embedder=told["embedder"])
-    config = extract_voice(source, targets, facts)
+    config = extract_voice(arguments.checkpoint, targets, facts)
     names = " and ".join(map(str, targets))
     say(
         f"{arguments.checkpoint} -> {names} ({config.version}, {config.sample_rate} Hz)"

@@ -22,7 +22,9 @@ import numpy as np
 from rvc_mlx.checkpoint import read_checkpoint
 from rvc_mlx.formats.torch_writer import write_torch
 from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
+from rvc_mlx.training.files import read_json
 from rvc_mlx.training.parametrization import to_torch
+from rvc_mlx.training.plan import RUN
 from rvc_mlx.training.presets import TrainingConfig
 from rvc_mlx.training.state import replacing, write_tensors
 from rvc_mlx.version import __version__
@@ -202,22 +204,28 @@ def extract_voice(
 
     Args:
         source: ``G_*.pth`` of this program or of a public one, with or without a config;
-            or ``state.safetensors`` of a run, which holds the generator as it is now.
+            or ``state.safetensors`` in a run's folder, which holds the generator as it is
+            now.
         targets: ``.pth`` or ``.safetensors`` files to write.
-        facts: what the voice's file says; its epoch is the checkpoint's.
+        facts: what the voice's file says; epoch and step are the checkpoint's, and of a
+            run what its own voices say, except the name, the info and an author.
 
     Returns:
         The voice's settings.
 
     Raises:
-        ValueError: it is no generator, or one of none of RVC's sizes.
+        ValueError: it is no generator, or one of none of RVC's sizes, or a state away
+            from its run.
         OSError: a file cannot be read or written.
     """
     checkpoint = read_checkpoint(source)
     tensors: Tensors = checkpoint.tensors
     metadata: Mapping[str, Any] = checkpoint.metadata
-    if "progress" in metadata:
-        tensors, metadata = _generator_of_run(tensors, metadata)
+    if "progress" in metadata and "identity" in metadata:
+        tensors, metadata = _generator_of_run(source, tensors, metadata)
+        told = _facts_of_run(Path(source).parent)
+        author = facts.author or told.author
+        facts = replace(told, name=facts.name, info=facts.info, author=author)
     if "enc_p.emb_phone.weight" not in tensors or "emb_g.weight" not in tensors:
         hint = (
             "a discriminator; give the G_*.pth beside it"
@@ -239,21 +247,47 @@ def extract_voice(
 
 
 def _generator_of_run(
-    tensors: Tensors, metadata: Mapping[str, Any]
+    source: str | Path, tensors: Tensors, metadata: Mapping[str, Any]
 ) -> tuple[Tensors, dict[str, Any]]:
     """A run's state as a training checkpoint of its generator."""
-    config = TrainingConfig.from_dict(metadata["identity"]["config"]).model
-    progress = metadata["progress"]
+    try:
+        config = TrainingConfig.from_dict(metadata["identity"]["config"]).model
+        epoch, step = (metadata["progress"][name] for name in ("epoch", "step"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{source}: this is no saved run of rvc-mlx train") from error
     generator = {
         name.removeprefix("g."): mx.array(value)
         for name, value in tensors.items()
         if name.startswith("g.")
     }
-    return to_torch(generator), {
-        "config": config.as_list(),
-        "iteration": progress["epoch"],
-        "step": progress["step"],
-    }
+    found = {"config": config.as_list(), "iteration": epoch, "step": step}
+    return to_torch(generator), found
+
+
+def _facts_of_run(folder: Path) -> VoiceFacts:
+    """What the voices of a run say, from its settings and the voice that it has so far."""
+    path = folder / RUN
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: there is no such file, which tells what the voice was made with; "
+            "leave the state in its run's folder"
+        )
+    told = read_json(path)
+    try:
+        facts = VoiceFacts(
+            told["name"], author=told["author"], embedder=told["embedder"]
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: these are no settings of a run") from error
+    voice = folder / f"{facts.name}.safetensors"
+    if not voice.is_file():
+        return facts
+    known = read_checkpoint(voice).metadata
+    parts = str(known.get("dataset_length") or "").split(":")
+    if len(parts) == 3 and all(part.isdigit() for part in parts):
+        hours, minutes, seconds = map(int, parts)
+        facts = replace(facts, seconds=3600 * hours + 60 * minutes + seconds)
+    return replace(facts, speakers=_integer(known.get("speakers_id")) or 1)
 
 
 def _integer(value: Any) -> int:
