@@ -20,18 +20,18 @@ import mlx.core as mx
 import numpy as np
 
 from recipes import cli
-from recipes.exporting import export, start_from
+from recipes.exporting import export
 from recipes.pitch_training import PitchBatches, PitchTrainer, prepare
 from rvc_mlx.checkpoint import name_and_hash
 from rvc_mlx.loading import read_weights
+from rvc_mlx.models.layers import load_strictly
 from rvc_mlx.models.rmvpe import RMVPEConfig
 from rvc_mlx.pitch import VOICING_THRESHOLD
 
 log = logging.getLogger("recipes")
 
-CALIBRATED_FROM = (
-    "calibrated_from"  # in the metadata: the files before, with their hashes
-)
+# In the metadata: the files before, with their hashes.
+CALIBRATED_FROM = "calibrated_from"
 _CANDIDATES = np.geomspace(0.002, 0.9, 100)
 
 
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
     read = read_weights(options.network, "rmvpe")
     network = PitchTrainer(RMVPEConfig.from_tensors(read.tensors))
-    start_from(options.network, network.rmvpe, "rmvpe")
+    load_strictly(network.rmvpe, read.tensors)
     network.eval()
     shards = cli.read_corpus(options.corpus, options.leave_out)
     batches = PitchBatches(shards, options.batch, 160, options.seed)

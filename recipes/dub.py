@@ -221,7 +221,7 @@ def recordings_in(folder: Path) -> list[Path]:
 def _job(
     pairs: Sequence[tuple[Path, Path]], voice: str, files: tuple[Path, Path]
 ) -> int:
-    """Dub recordings of one stranger to the files beside them; how many worked."""
+    """Dub recordings of strangers to the files beside them; how many worked."""
     by = networks(*files)
     lines = [phones_of(stranger).read_text("utf-8") for stranger, _ in pairs]
     sentences = [read(line) for line in lines]

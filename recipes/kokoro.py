@@ -158,16 +158,20 @@ def words_of(text: str) -> list[Word]:
     words: list[Word] = [[]]
     stress = "0"
     classes = symbol_classes(text)
-    for i, (symbol, found) in enumerate(zip(text, classes, strict=True)):
-        before = text[i - 1] if i else " "
+    for symbol, found in zip(text, classes, strict=True):
         if symbol in _STRESS:
             stress = "1"
-        elif symbol in _PAUSES or symbol.isspace():
-            words += [[]] if symbol.isspace() else [PAUSE, []]
+        elif symbol.isspace():
+            words.append([])
             stress = "0"
-        elif found == UNKNOWN or symbol == "ː" or (symbol == "ɹ" and before in "ɜə"):
+        elif symbol in _PAUSES:
+            words += [PAUSE, []]
+            stress = "0"
+        elif found == UNKNOWN or symbol == "ː":
             continue  # no sound, or the rest of one
-        elif (phone := PHONES[found]) in VOWELS:
+        elif (phone := PHONES[found]) == "er" and symbol == "ɹ":
+            continue  # likewise, of the vowel before it
+        elif phone in VOWELS:
             words[-1].append(phone + stress)
             stress = "0"
         else:

@@ -84,12 +84,10 @@ def slt_repeats(sentences: Sequence[Sequence[Word]]) -> list[Utterance]:
     """The HTS voice slt."""
     texts: list[str] = []
     dictionary: dict[str, Word] = {}
-    count = 0
     for sentence in sentences:
-        text, words = spelled(sentence, count)
+        text, words = spelled(sentence, len(dictionary))
         texts.append(text)
         dictionary |= words
-        count += len(words)
     return [hts_engine(label) for label in slt_labels(texts, dictionary)]
 
 
