@@ -943,7 +943,7 @@ def test_run_from_before_there_was_an_option_goes_on_without_it(
         (plan["options"], plan["config"]),
         (identity, identity["config"]),
     ):
-        del options["adversarial_from"], config["prior_share"]
+        del options["adversarial_from"], config["prior_share"], config["multiscale_mel"]
     (folder / "run.json").write_text(json.dumps(plan))
     progress = dict(state.metadata["progress"])
     del progress["format"]
@@ -1004,6 +1004,21 @@ def test_prior_share_is_kept(folder, monkeypatch, capsys):
     assert kept["config"]["prior_share"] == 0.5
     assert main(words(folder, "--resume", "--prior-share", 2, epochs=3)) == 1
     assert "prior_share is 2.0; expected 0 to 1" in capsys.readouterr().err
+
+
+def test_multiscale_mel_is_kept(folder, monkeypatch, capsys):
+    idle_steps(monkeypatch)
+    assert main(words(folder, "--multiscale-mel", epochs=1)) == 1
+    assert "a segment has 256 samples; the multi-scale" in capsys.readouterr().err
+    sizes = json.loads((folder / "sizes.json").read_text())
+    sizes["segment_frames"] *= 5
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    assert main(words(folder, "--multiscale-mel", epochs=1)) == 0
+    assert main(words(folder, "--resume", epochs=2)) == 0
+    kept = json.loads((folder / "run.json").read_text())
+    assert kept["config"]["multiscale_mel"] is True
+    assert main(words(folder, "--resume", "--multiscale-mel", "no", epochs=3)) == 1
+    assert "config.multiscale_mel: saved true, given false" in capsys.readouterr().err
 
 
 def test_folder_without_data_is_one_line(tmp_path, capsys):

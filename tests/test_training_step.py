@@ -43,6 +43,7 @@ from rvc_mlx.training.losses import (
     feature_loss,
     kl_loss,
     log_mel,
+    multiscale_mel_loss,
     slaney_filters,
     spectrogram,
 )
@@ -55,7 +56,7 @@ from rvc_mlx.training.parametrization import (
     shapes,
     to_torch,
 )
-from rvc_mlx.training.presets import TrainingConfig, preset
+from rvc_mlx.training.presets import MEL_SCALES, TrainingConfig, preset
 from rvc_mlx.training.pretrained import load_pretrained
 from rvc_mlx.training.step import TrainStep, draw
 from rvc_reference.synthesizer import Synthesizer as TorchSynthesizer
@@ -658,6 +659,57 @@ def test_spectrogram_and_mel(name, rng):
     assert np.abs(difference).max() < 1e-4  # of values up to 40
     mels = reference.log_mel(expected, mel_config(config)).mT.numpy()
     assert np.abs(np.array(log_mel(spectra, config)) - mels).max() < 1e-4
+
+
+def multiscale_reference(real, fake, config):
+    """As Applio's, by other means: centred STFTs of torch, decimal logarithms."""
+    total = 0.0
+    for bands, size in MEL_SCALES:
+        filters = slaney_filters(config.model.sample_rate, size, bands, 0, None)
+        window = torch.hann_window(size, dtype=torch.float64)
+        mels = []
+        for wave in (real, fake):
+            spectrum = torch.stft(
+                torch.from_numpy(wave).double(), size, size // 4, window=window,
+                center=True, pad_mode="reflect", return_complex=True,
+            )  # fmt: skip
+            power = spectrum.abs().square() + config.spectrum_epsilon
+            mel = torch.from_numpy(filters).double().mT @ power.sqrt()
+            mels.append(mel.clamp(min=config.log_floor).log10())
+        total += (mels[0] - mels[1]).abs().mean().item()
+    return total / 3
+
+
+@pytest.mark.parametrize("name", ["32k", "48k"])
+def test_multiscale_mel_loss(name, rng):
+    config = preset(name, "v2", True, 1)
+    real, fake = (0.3 * rng.standard_normal((2, 2, 6400))).astype(np.float32)
+    fake[1, 2000:] *= 1e-3
+    loss = multiscale_mel_loss(mx.array(real), mx.array(fake), config).item()
+    assert loss == pytest.approx(multiscale_reference(real, fake, config), rel=1e-4)
+
+
+def test_multiscale_mel_loss_hears_what_moved_within_a_long_window():
+    config = preset("32k", "v2", True, 1)
+    clicks = np.zeros((3, 1, 6400), np.float32)
+    for row, place in zip(clicks, (3200, 3500, 3201), strict=True):
+        row[0, place] = 1
+    real, later, near = map(mx.array, clicks)
+    far = multiscale_mel_loss(real, later, config).item()
+    assert far > 2 * multiscale_mel_loss(real, near, config).item() > 0
+    assert multiscale_mel_loss(real, real, config).item() == 0
+
+
+def test_training_by_the_multiscale_mel_loss():
+    config = make_config("nsf")
+    with pytest.raises(ValueError, match="the multi-scale mel loss needs more than"):
+        dataclasses.replace(config, multiscale_mel=True, segment_frames=1)
+    frames = 1100 // config.hop
+    config = dataclasses.replace(config, multiscale_mel=True, segment_frames=frames)
+    batch, step = make_batch(config, frames=frames + 8), make_step(config)
+    losses = [run(step, batch)["loss_mel"] for _ in range(12)]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
 
 
 def test_spectrogram_of_silence_is_the_root_of_epsilon():

@@ -158,6 +158,11 @@ def _add_run(group: Any) -> None:
     number("--prior-share", default=0.0, least=0.0,
            text="share of each batch, 0 to 1, that is spoken as a conversion speaks, "
            "so that the losses reach the text encoder; RVC has none")  # fmt: skip
+    group.add_argument(
+        "--multiscale-mel", type=_truth, nargs="?", const=True, metavar="BOOL",
+        help="compare the sound in spectrograms of seven windows, from 1 to 64 ms at "
+        "32 kHz, where RVC has one long window (default: no)",
+    )  # fmt: skip
     number("--patience", default=0, least=0,
            text="stop after N validations without a better score, 0 for never")  # fmt: skip
     number("--validate-every", default=1, least=1,

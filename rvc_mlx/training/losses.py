@@ -1,7 +1,7 @@
 """Spectrograms and losses of training, all in float32.
 
 Source: RVC ``mel_processing.py`` (spectrum and mel) and ``losses.py``; Mao et al. 2017
-(least squares GAN), Kim et al. 2021 (KL of VITS).
+(least squares GAN), Kim et al. 2021 (KL of VITS), Kumar et al. 2023 (multi-scale mel).
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from rvc_mlx.spectral import hann_window, triangles
-from rvc_mlx.training.presets import TrainingConfig
+from rvc_mlx.training.presets import MEL_SCALES, TrainingConfig
 
 FEATURE_WEIGHT = 2.0  # of the feature matching loss
+_SCALES_WEIGHT = 1 / 3  # of the sum of the multi-scale mel loss
 
 # Feature maps of every discriminator, the output last.
 Maps = list[list[mx.array]]
@@ -66,8 +67,17 @@ def spectrogram(wave: mx.array, config: TrainingConfig) -> mx.array:
     Returns:
         ``[B, L // hop, n_fft // 2 + 1]`` float32, at least ``sqrt(epsilon)``.
     """
-    hop, n_fft = config.hop, config.n_fft
-    margin = (n_fft - hop) // 2
+    margin = (config.n_fft - config.hop) // 2
+    return _magnitudes(
+        wave, _window(config), config.hop, margin, config.spectrum_epsilon
+    )
+
+
+def _magnitudes(
+    wave: mx.array, window: np.ndarray, hop: int, margin: int, epsilon: float
+) -> mx.array:
+    """Spectra of a wave that is reflected by ``margin`` samples at both ends."""
+    n_fft = len(window)
     padded = mx.pad(wave, [(0, 0), (margin, margin)], mode="reflect")
     frames = (padded.shape[1] - n_fft) // hop + 1
     # Blocks of one hop, of which each frame takes consecutive ones: contiguous copies.
@@ -77,9 +87,9 @@ def spectrogram(wave: mx.array, config: TrainingConfig) -> mx.array:
     rows = padded[:, :wanted].reshape(wave.shape[0], -1, hop)
     parts = [rows[:, k : k + frames] for k in range(blocks)]
     framed = mx.concatenate(parts, axis=-1)[..., :n_fft]
-    spectrum = mx.fft.rfft(framed * mx.array(_window(config)), axis=-1)
+    spectrum = mx.fft.rfft(framed * mx.array(window), axis=-1)
     power = mx.square(spectrum.real) + mx.square(spectrum.imag)
-    return mx.sqrt(power + config.spectrum_epsilon)
+    return mx.sqrt(power + epsilon)
 
 
 def log_mel(spectra: mx.array, config: TrainingConfig) -> mx.array:
@@ -105,6 +115,38 @@ def log_mel(spectra: mx.array, config: TrainingConfig) -> mx.array:
 def mel_loss(real: mx.array, fake: mx.array) -> mx.array:
     """Mean absolute difference of two log-mels."""
     return mx.mean(mx.abs(real - fake))
+
+
+def multiscale_mel_loss(
+    real: mx.array, fake: mx.array, config: TrainingConfig
+) -> mx.array:
+    """Distance of two waves in log-mels of seven windows, from 32 to 2048 samples.
+
+    Each is the mean absolute difference of decimal logarithms; the sum of all is
+    weighted so that it is about as large as ``mel_loss``. Short windows hold the sound
+    to its moments, which one long window leaves free.
+
+    Args:
+        real: ``[B, L]`` float32, L more than half the longest window.
+        fake: ``[B, L]`` float32.
+        config: sample rate, frequency range, floor and epsilon.
+
+    Source: Applio ``MultiScaleMelSpectrogramLoss``, after the Descript Audio Codec.
+    """
+    sums = [
+        mel_loss(*(_scale(wave, *scale, config) for wave in (real, fake)))
+        for scale in MEL_SCALES
+    ]
+    return mx.sum(mx.stack(sums)) * (_SCALES_WEIGHT / math.log(10))
+
+
+def _scale(wave: mx.array, bands: int, size: int, config: TrainingConfig) -> mx.array:
+    """Natural log-mel of windows a quarter of their size apart, the first around 0."""
+    rate = config.model.sample_rate
+    filters = slaney_filters(rate, size, bands, config.mel_fmin, config.mel_fmax)
+    window = hann_window(size).astype(np.float32)
+    spectra = _magnitudes(wave, window, size // 4, size // 2, config.spectrum_epsilon)
+    return mx.log(mx.maximum(spectra @ mx.array(filters), config.log_floor))
 
 
 def discriminator_loss(real: Maps, fake: Maps) -> mx.array:

@@ -12,6 +12,11 @@ from typing import Any
 from rvc_mlx.models.voice_config import VOCODERS, SynthesizerConfig
 
 PERIODS = {"v1": (2, 3, 5, 7, 11, 17), "v2": (2, 3, 5, 7, 11, 17, 23, 37)}
+# Bands and window, in samples, of each spectrogram of the multi-scale mel loss.
+MEL_SCALES = (
+    (5, 32), (10, 64), (20, 128), (40, 256), (80, 512), (160, 1024), (320, 2048),
+)  # fmt: skip
+LONGEST_WINDOW = max(size for _, size in MEL_SCALES)
 FEATURE_SIZES = {"v1": 256, "v2": 768}
 
 
@@ -36,6 +41,8 @@ class TrainingConfig:
         kl_weight: weight of the KL loss.
         prior_share: share of each batch that is spoken from the prior, see
             ``forward.generate``, 0 to 1; 0 in RVC.
+        multiscale_mel: compare log-mels of seven windows, see
+            ``losses.multiscale_mel_loss``, in place of the one; False in RVC.
     """
 
     model: SynthesizerConfig
@@ -53,6 +60,7 @@ class TrainingConfig:
     mel_weight: float = 45.0
     kl_weight: float = 1.0
     prior_share: float = 0.0
+    multiscale_mel: bool = False
 
     def __post_init__(self) -> None:
         if self.model.vocoder == "RefineGAN":
@@ -62,6 +70,11 @@ class TrainingConfig:
             )
         if not 0 <= self.prior_share <= 1:
             raise ValueError(f"prior_share is {self.prior_share}; expected 0 to 1")
+        if self.multiscale_mel and self.segment_samples <= LONGEST_WINDOW // 2:
+            raise ValueError(
+                f"a segment has {self.segment_samples} samples; the multi-scale mel loss "
+                f"needs more than {LONGEST_WINDOW // 2}: raise segment_frames"
+            )
         if self.discriminator not in PERIODS:
             raise ValueError(
                 f"discriminator {self.discriminator!r} is unknown; expected 'v1' or 'v2'"

@@ -48,6 +48,7 @@ from rvc_mlx.training.losses import (
     kl_loss,
     log_mel,
     mel_loss,
+    multiscale_mel_loss,
     spectrogram,
 )
 from rvc_mlx.training.optimizer import (
@@ -235,14 +236,13 @@ class TrainStep:
         segment = config.segment_frames
         wave = x["wave"].reshape(*x["phone"].shape[:2], config.hop)
         real = segments(wave, x["starts"], segment).flatten(1)
-        target = log_mel(segments(x["spec"], x["starts"], segment), config)
         first = rank_of(self._world)[0] * len(real)
         from_prior = spoken_items(config.prior_share, len(real), first)
 
         def loss(weights: Parameters) -> tuple[mx.array, Any, Any]:
             bind(self._network, weights)
             made = generate(self._network, x, config, self._dtype, from_prior)
-            losses = self._own_losses(target, made)
+            losses = self._own_losses(x, real, made)
             of_d: State = {}
             if judged:
                 audio = mx.stop_gradient(made.audio)
@@ -305,11 +305,19 @@ class TrainStep:
             "loss_fm": feature_loss(real_maps, fake_maps),
         }
 
-    def _own_losses(self, target: mx.array, made: Pass) -> dict[str, mx.array]:
+    def _own_losses(
+        self, x: Mapping[str, mx.array], real: mx.array, made: Pass
+    ) -> dict[str, mx.array]:
         """The generator's losses that need no discriminator."""
-        mel = log_mel(spectrogram(made.audio, self._config), self._config)
+        config = self._config
         kl = kl_loss(made.z_p, made.logs_q, made.m_p, made.logs_p, made.mask)
-        return {"loss_mel": mel_loss(target, mel), "loss_kl": kl}
+        if config.multiscale_mel:
+            mel = multiscale_mel_loss(real, made.audio, config)
+        else:
+            spec = segments(x["spec"], x["starts"], config.segment_frames)
+            spoken = spectrogram(made.audio, config)
+            mel = mel_loss(log_mel(spec, config), log_mel(spoken, config))
+        return {"loss_mel": mel, "loss_kl": kl}
 
     def _total(self, losses: Mapping[str, mx.array], mask: mx.array) -> mx.array:
         """The weighted sum of the generator's losses."""
