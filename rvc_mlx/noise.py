@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import Array, array_module
+from rvc_mlx.arrays import Array
 
 
 class Noise:
@@ -46,18 +47,20 @@ class Noise:
         size = self._block_frames
         first = start // size
         end = max(first + 1, -(-stop // size))  # no frames are a cut of one block, too
-        blocks = [
-            self._block(self._seeds(name, segment, block), size * per_frame, channels)
-            for block in range(first, end)
-        ]
+        seeds = [self._seeds(name, segment, block) for block in range(first, end)]
+        blocks = self._blocks(seeds, size * per_frame, channels)
         skip = (start - first * size) * per_frame
-        joined: Array = array_module(blocks[0]).concatenate(blocks)
-        return joined[skip : skip + (stop - start) * per_frame]
+        return blocks[skip : skip + (stop - start) * per_frame]
 
-    def _block(self, seeds: np.random.SeedSequence, rows: int, channels: int) -> Array:
-        """Standard normal values ``[rows, channels]`` float32."""
-        generator = np.random.Generator(np.random.SFC64(seeds))
-        return generator.standard_normal((rows, channels), np.float32)
+    def _blocks(
+        self, seeds: Sequence[np.random.SeedSequence], rows: int, channels: int
+    ) -> Array:
+        """Standard normal values ``[len(seeds) * rows, channels]`` float32."""
+        generators = [np.random.Generator(np.random.SFC64(seed)) for seed in seeds]
+        shape = (rows, channels)
+        return np.concatenate(
+            [generator.standard_normal(shape, np.float32) for generator in generators]
+        )
 
     def uniform(self, name: str, segment: int, count: int) -> np.ndarray:
         """Values ``[count]`` float32 in 0..1."""
@@ -71,8 +74,12 @@ class DeviceNoise(Noise):
     They are other numbers than those of ``Noise`` with the same seed.
     """
 
-    _block_frames = 256  # a call costs more than numbers
+    _block_frames = 256
 
-    def _block(self, seeds: np.random.SeedSequence, rows: int, channels: int) -> Array:
-        key = mx.array(seeds.generate_state(2))
-        return mx.random.normal((rows, channels), key=key)
+    def _blocks(
+        self, seeds: Sequence[np.random.SeedSequence], rows: int, channels: int
+    ) -> Array:
+        # The device takes longer to be told a block than to draw it: all at once.
+        keys = mx.array(np.stack([seed.generate_state(2) for seed in seeds]))
+        drawn = mx.vmap(lambda key: mx.random.normal((rows, channels), key=key))(keys)
+        return drawn.reshape(-1, channels)

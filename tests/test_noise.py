@@ -2,21 +2,23 @@
 
 import itertools
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
-from rvc_mlx.noise import Noise
+from rvc_mlx.noise import DeviceNoise, Noise
 
 
 @pytest.mark.parametrize(
     "cuts", [(0, 1, 2, 200), (0, 63, 64, 65, 200), (0, 128, 200), (0, 150, 151, 200)]
 )
 @pytest.mark.parametrize(("per_frame", "channels"), [(1, 192), (7, 1), (3, 9)])
-def test_parts_make_up_the_whole(cuts, per_frame, channels):
-    noise = Noise(3)
+@pytest.mark.parametrize("kind", [Noise, DeviceNoise])
+def test_parts_make_up_the_whole(cuts, per_frame, channels, kind):
+    noise = kind(3)
     whole = noise.normal("source", 2, 0, 200, per_frame, channels)
     assert whole.shape == (200 * per_frame, channels)
-    assert whole.dtype == np.float32
+    assert np.array(whole).dtype == np.float32
     parts = [
         noise.normal("source", 2, a, b, per_frame, channels)
         for a, b in itertools.pairwise(cuts)
@@ -30,6 +32,16 @@ def test_a_part_far_in_equals_the_whole_there():
     np.testing.assert_array_equal(
         noise.normal("prior", 0, 937, 941, 2, 3), whole[2 * 937 : 2 * 941]
     )
+
+
+def test_device_draws_each_block_by_its_own_key():
+    noise = DeviceNoise(0)
+    whole = np.array(noise.normal("prior", 0, 0, 1000, 1, 4))
+    seeds = noise._seeds("prior", 0, 2)
+    block = mx.random.normal((256, 4), key=mx.array(seeds.generate_state(2)))
+    np.testing.assert_array_equal(whole[512:768], block)
+    assert abs(whole.mean()) < 0.1
+    assert abs(whole.std() - 1) < 0.1
 
 
 def test_order_of_calls_does_not_matter():
