@@ -25,6 +25,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import soxr
 from scipy.ndimage import uniform_filter1d
 from scipy.special import softmax
 
@@ -51,15 +52,17 @@ Phones = Callable[[np.ndarray], np.ndarray]
 VERSION = "v2"  # of the bundled voices
 WORST = 0.3  # mean disagreement of a pair that is not taken: they say something else
 _STEPS = ((0, 0.1), (1, 0.0), (2, 0.1), (3, 0.3))  # frames to move on by, with costs
-_SMOOTH = 3  # frames; more blurs the border between two phones
+_SMOOTH = 5  # frames; more blurs the border between two phones
 _SILENCE_DB = -45.0  # against the loud frames
 _CERTAIN = 20.0  # logit of a phone that is known
 _LEAST = 1e-3  # likelihood of two frames of different phones
-_FRAME = HOP_LENGTH / SAMPLE_RATE  # seconds between features
+_HOP = round(FRAME_SECONDS * SAMPLE_RATE)  # samples between frames of phones
+_CENTRE = RECEPTIVE_FIELD / 2 / SAMPLE_RATE  # seconds, of the first frame
 _PITCH_HOP = 1 / FRAME_RATE
 _COMPRESSION = 0.3  # of the files
 _SEMITONES = (-3.0, 5.0)  # above the target's own pitch, drawn for each sentence
 _BLOCK = 40  # sentences that an engine says at a time
+_PASSES = 2  # borders of phones are heard a little elsewhere once they have moved
 
 
 def disagreement(own: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -123,7 +126,17 @@ class Networks:
     pitch_net: PitchNet
 
     def logits(self, audio: np.ndarray) -> np.ndarray:
-        """``[F, P]`` of ``[n]`` at 16 kHz; what is silent is silence."""
+        """``[F, P]`` of ``[n]`` at 16 kHz, every 5 ms; what is silent is silence.
+
+        The encoder is four times slower, so it hears the recording at four shifts.
+        """
+        longer = np.pad(audio, (0, HOP_LENGTH)).astype(np.float32)
+        shifts = [self._heard(longer[k:]) for k in range(0, HOP_LENGTH, _HOP)]
+        frames = min(map(len, shifts))
+        together = np.stack([heard[:frames] for heard in shifts], axis=1)
+        return together.reshape(-1, together.shape[-1])
+
+    def _heard(self, audio: np.ndarray) -> np.ndarray:
         found = self.phones(self.encoder.encode(audio, VERSION))
         # The encoder holds a last phone for as long as a breath is left of it.
         found[silent(audio, len(found))] = _CERTAIN * np.eye(found.shape[1])[0]
@@ -153,13 +166,13 @@ def moments_of(path: np.ndarray, T: int) -> np.ndarray:
     """Seconds of the recording at each of ``T`` times, 5 ms apart, never going back.
 
     Args:
-        path: the recording's frame at each of the stranger's.
+        path: the recording's frame at each of the stranger's, both 5 ms apart.
         T: times.
     """
-    ahead = (path - np.arange(len(path))) * _FRAME
+    ahead = (path - np.arange(len(path))) * FRAME_SECONDS
     smooth = uniform_filter1d(ahead, _SMOOTH, mode="nearest")
     time = np.arange(T) * FRAME_SECONDS
-    centres = (np.arange(len(path)) + 0.5) * _FRAME
+    centres = _CENTRE + np.arange(len(path)) * FRAME_SECONDS
     return np.maximum.accumulate(time + np.interp(time, centres, smooth))
 
 
@@ -190,14 +203,20 @@ def dub(
         Whether it was written: not when the two are not heard to say the same.
     """
     other = load_audio(stranger)
-    own = by.logits(said.at_16k())
-    path, cost = aligned(disagreement(by.logits(other), own))
-    if cost > WORST:
-        return False
     T = int(len(other) / SAMPLE_RATE / FRAME_SECONDS) + 1
     f0 = estimate_clip_f0(by.pitch_net, other, VOICING_THRESHOLD)
     sound = sound_of(said.samples.astype(np.float64), said.rate)
-    made = moved(sound, moments_of(path, T), melody(f0, T), semitones)
+    theirs, made = by.logits(other), said.samples.astype(np.float64)
+    moments: np.ndarray | None = None  # of what the engine said
+    for _ in range(_PASSES):
+        own = by.logits(soxr.resample(made, said.rate, SAMPLE_RATE))
+        path, cost = aligned(disagreement(theirs, own))
+        if cost > WORST:
+            return False
+        heard = moments_of(path, T)
+        times = np.arange(T) * FRAME_SECONDS
+        moments = heard if moments is None else np.interp(heard, times, moments)
+        made = moved(sound, moments, melody(f0, T), semitones)
     made *= levelling(made, PEAK)
     write_vorbis(target, made.astype(np.float32), said.rate, _COMPRESSION)
     return True

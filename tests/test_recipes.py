@@ -1166,18 +1166,33 @@ def test_what_is_silent_is_silence_whatever_the_encoder_hears(rng):
     encoder = SimpleNamespace(encode=lambda *_: heard)
     by = dub.Networks(encoder, lambda features: features.copy(), None)
     logits = by.logits(noise)
-    np.testing.assert_array_equal(logits[:49], heard[:49])
-    assert (logits[50:].argmax(axis=1) == 0).all()
-    assert (logits[50:, 0] > 15).all()
+    assert len(logits) == 4 * 99
+    np.testing.assert_array_equal(logits[:192], heard[:48].repeat(4, axis=0))
+    assert (logits[200:].argmax(axis=1) == 0).all()
+    assert (logits[200:, 0] > 15).all()
+
+
+def test_phones_are_heard_every_five_milliseconds():
+    def encode(audio, _):  # the loudness of each window of the encoder
+        windows = np.lib.stride_tricks.sliding_window_view(audio, 400)[::320]
+        return np.abs(windows).mean(axis=1, keepdims=True)
+
+    by = dub.Networks(SimpleNamespace(encode=encode), lambda x: np.c_[x, x], None)
+    ramp = np.linspace(0.5, 1, RATE)
+    logits = by.logits(ramp)[:, 1]
+    centres = 0.0125 + 0.005 * np.arange(len(logits))
+    inside = centres < 0.98
+    expected = 0.5 + 0.5 * centres[inside]
+    np.testing.assert_allclose(logits[inside], expected, atol=1e-3)
 
 
 def test_moments_follow_the_path_and_never_go_back():
-    path = np.arange(100) // 2 + 7  # half as fast, from frame 7 on
+    path = np.arange(400) // 2 + 28  # half as fast, from frame 28 on
     moments = dub.moments_of(path, 401)
     assert (np.diff(moments) >= 0).all()
     time = 0.005 * np.arange(401)
     np.testing.assert_allclose(moments[20:380], (0.14 + time / 2)[20:380], atol=0.02)
-    stumbling = np.r_[np.arange(50), np.full(10, 49), np.arange(50, 90)]
+    stumbling = np.r_[np.arange(200), np.full(40, 199), np.arange(200, 360)]
     assert (np.diff(dub.moments_of(stumbling, 401)) >= 0).all()
 
 
@@ -1220,8 +1235,19 @@ def test_what_is_said_is_dubbed_into_a_stranger_s_time(
 ):
     other, target = tmp_path / "0.ogg", tmp_path / "0-0.ogg"
     sf.write(other, np.r_[tone, tone[::2]], RATE, format="WAV")
-    heard = {RATE: said[:49], RATE * 3 // 2: said[np.arange(0, 49, 0.66).astype(int)]}
-    by = SimpleNamespace(logits=lambda audio: heard[len(audio)], pitch_net=None)
+    own = said.repeat(4, axis=0)[:196]
+    theirs = own[np.arange(0, 196, 0.66).astype(int)]
+    late = theirs[np.maximum(np.arange(len(theirs)) - 4, 0)]  # as the dub is heard
+    heard = [theirs, own, late]
+    left = iter(heard)
+    by = SimpleNamespace(logits=lambda _: next(left), pitch_net=None)
+    used = []
+
+    def moved(sound, moments, *rest):
+        used.append(moments)
+        return vocoding.moved(sound, moments, *rest)
+
+    monkeypatch.setattr(dub, "moved", moved)
     monkeypatch.setattr(dub, "estimate_clip_f0", lambda *_: np.full(151, 120.0))
     spoken = engines.Utterance(tone.astype(np.float32), RATE, [])
     assert dub.dub(spoken, other, target, 12.0, by)
@@ -1231,8 +1257,12 @@ def test_what_is_said_is_dubbed_into_a_stranger_s_time(
     f0 = vocoding.sound_of(samples, rate).f0
     assert abs(np.median(f0[f0 > 0]) - 320) < 4  # an octave above the tone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0-0.ogg", "0.ogg"]
+    first, second = (moments[60:240] for moments in used)
+    np.testing.assert_allclose(first, 0.66 * 0.005 * np.arange(60, 240), atol=0.04)
+    # What is heard 20 ms late is said earlier, by as much of the recording.
+    assert np.median(second - first) == pytest.approx(0.66 * 0.02, abs=0.004)
     target.unlink()
-    heard[RATE * 3 // 2] = -heard[RATE * 3 // 2]
+    left = iter([-theirs, own])
     assert not dub.dub(spoken, other, target, 0.0, by)
     assert not target.exists()
 
