@@ -16,7 +16,9 @@ from .spool import Spool
 
 SAMPLE_RATE = 16000  # Hz: what the content encoder and the pitch nets hear
 HIGH_PASS_ORDER, HIGH_PASS_HZ = 5, 48.0
-_SETTLED = 6144  # samples after which the filter's start is forgotten, to 1e-15
+# Samples after which the filter's start is forgotten, to 1e-15; on both sides of a block
+# they make a length that is quick to transform.
+_SETTLED = 8192
 _QUALITY = "VHQ"
 
 
@@ -58,6 +60,7 @@ def resample_blocks(
         yield out
 
 
+@cache
 def _high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return b, a, the steady state of the filter for a unit step, and its padding."""
     from scipy import signal  # takes a second to import, and only filtering needs it
