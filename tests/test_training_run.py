@@ -39,7 +39,7 @@ from rvc_mlx.training.distributed import agree, frame_share, mean_gradients
 from rvc_mlx.training.monitor import Monitor, draw_mel
 from rvc_mlx.training.parametrization import from_torch, initial, to_torch
 from rvc_mlx.training.plan import RUN
-from rvc_mlx.training.presets import TrainingConfig
+from rvc_mlx.training.presets import MEL_SCALES, TrainingConfig
 from rvc_mlx.training.state import (
     Progress,
     read_state,
@@ -943,7 +943,7 @@ def test_run_from_before_there_was_an_option_goes_on_without_it(
         (plan["options"], plan["config"]),
         (identity, identity["config"]),
     ):
-        del options["adversarial_from"], config["prior_share"], config["multiscale_mel"]
+        del options["adversarial_from"], config["prior_share"], config["mel_scales"]
     (folder / "run.json").write_text(json.dumps(plan))
     progress = dict(state.metadata["progress"])
     del progress["format"]
@@ -1009,16 +1009,16 @@ def test_prior_share_is_kept(folder, monkeypatch, capsys):
 def test_multiscale_mel_is_kept(folder, monkeypatch, capsys):
     idle_steps(monkeypatch)
     assert main(words(folder, "--multiscale-mel", epochs=1)) == 1
-    assert "a segment has 256 samples; the multi-scale" in capsys.readouterr().err
+    assert "a segment has 256 samples; a mel loss" in capsys.readouterr().err
     sizes = json.loads((folder / "sizes.json").read_text())
     sizes["segment_frames"] *= 5
     (folder / "sizes.json").write_text(json.dumps(sizes))
     assert main(words(folder, "--multiscale-mel", epochs=1)) == 0
     assert main(words(folder, "--resume", epochs=2)) == 0
     kept = json.loads((folder / "run.json").read_text())
-    assert kept["config"]["multiscale_mel"] is True
+    assert kept["config"]["mel_scales"] == [list(scale) for scale in MEL_SCALES]
     assert main(words(folder, "--resume", "--multiscale-mel", "no", epochs=3)) == 1
-    assert "config.multiscale_mel: saved true, given false" in capsys.readouterr().err
+    assert "config.mel_scales: saved [[5, 32], " in capsys.readouterr().err
 
 
 def test_folder_without_data_is_one_line(tmp_path, capsys):

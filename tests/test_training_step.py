@@ -664,7 +664,7 @@ def test_spectrogram_and_mel(name, rng):
 def multiscale_reference(real, fake, config):
     """As Applio's, by other means: centred STFTs of torch, decimal logarithms."""
     total = 0.0
-    for bands, size in MEL_SCALES:
+    for bands, size in config.mel_scales:
         filters = slaney_filters(config.model.sample_rate, size, bands, 0, None)
         window = torch.hann_window(size, dtype=torch.float64)
         mels = []
@@ -680,9 +680,13 @@ def multiscale_reference(real, fake, config):
     return total / 3
 
 
+def applio_preset(name: str) -> TrainingConfig:
+    return dataclasses.replace(preset(name, "v2", True, 1), mel_scales=MEL_SCALES)
+
+
 @pytest.mark.parametrize("name", ["32k", "48k"])
 def test_multiscale_mel_loss(name, rng):
-    config = preset(name, "v2", True, 1)
+    config = applio_preset(name)
     real, fake = (0.3 * rng.standard_normal((2, 2, 6400))).astype(np.float32)
     fake[1, 2000:] *= 1e-3
     loss = multiscale_mel_loss(mx.array(real), mx.array(fake), config).item()
@@ -690,7 +694,7 @@ def test_multiscale_mel_loss(name, rng):
 
 
 def test_multiscale_mel_loss_hears_what_moved_within_a_long_window():
-    config = preset("32k", "v2", True, 1)
+    config = applio_preset("32k")
     clicks = np.zeros((3, 1, 6400), np.float32)
     for row, place in zip(clicks, (3200, 3500, 3201), strict=True):
         row[0, place] = 1
@@ -700,12 +704,28 @@ def test_multiscale_mel_loss_hears_what_moved_within_a_long_window():
     assert multiscale_mel_loss(real, real, config).item() == 0
 
 
+def test_one_long_scale_weighs_as_much_as_seven(rng):
+    config = dataclasses.replace(applio_preset("32k"), mel_scales=((320, 2048),))
+    real, fake = (0.3 * rng.standard_normal((2, 2, 6400))).astype(np.float32)
+    loss = multiscale_mel_loss(mx.array(real), mx.array(fake), config).item()
+    alone = multiscale_reference(real, fake, config)
+    assert loss == pytest.approx(7 * alone, rel=1e-4)
+
+
 def test_training_by_the_multiscale_mel_loss():
     config = make_config("nsf")
-    with pytest.raises(ValueError, match="the multi-scale mel loss needs more than"):
-        dataclasses.replace(config, multiscale_mel=True, segment_frames=1)
     frames = 1100 // config.hop
-    config = dataclasses.replace(config, multiscale_mel=True, segment_frames=frames)
+    for scales, told in (
+        (MEL_SCALES, f"a segment has {config.segment_samples} samples; a mel loss"),
+        (((80, 1022),), "expected pairs of bands and window, the window a multiple"),
+        (((80,),), "mel_scales has"),
+        ((1024,), "mel_scales has 1024"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            dataclasses.replace(config, mel_scales=scales)
+    config = dataclasses.replace(config, mel_scales=MEL_SCALES, segment_frames=frames)
+    kept = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert TrainingConfig.from_dict(kept) == config
     batch, step = make_batch(config, frames=frames + 8), make_step(config)
     losses = [run(step, batch)["loss_mel"] for _ in range(12)]
     assert np.isfinite(losses).all()

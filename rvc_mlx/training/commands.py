@@ -160,8 +160,8 @@ def _add_run(group: Any) -> None:
            "so that the losses reach the text encoder; RVC has none")  # fmt: skip
     group.add_argument(
         "--multiscale-mel", type=_truth, nargs="?", const=True, metavar="BOOL",
-        help="compare the sound in spectrograms of seven windows, from 1 to 64 ms at "
-        "32 kHz, where RVC has one long window (default: no)",
+        help="compare the sound in spectrograms of Applio's seven windows, from 1 to "
+        "64 ms at 32 kHz, where RVC has one long window (default: no)",
     )  # fmt: skip
     number("--patience", default=0, least=0,
            text="stop after N validations without a better score, 0 for never")  # fmt: skip

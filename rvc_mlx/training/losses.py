@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from rvc_mlx.spectral import hann_window, triangles
-from rvc_mlx.training.presets import MEL_SCALES, TrainingConfig
+from rvc_mlx.training.presets import TrainingConfig
 
 FEATURE_WEIGHT = 2.0  # of the feature matching loss
-_SCALES_WEIGHT = 1 / 3  # of the sum of the multi-scale mel loss
+# Of the multi-scale mel loss: Applio has a third of the sum of seven decimal logarithms.
+_SCALES_WEIGHT = 7 / 3 / math.log(10)
 
 # Feature maps of every discriminator, the output last.
 Maps = list[list[mx.array]]
@@ -120,11 +121,11 @@ def mel_loss(real: mx.array, fake: mx.array) -> mx.array:
 def multiscale_mel_loss(
     real: mx.array, fake: mx.array, config: TrainingConfig
 ) -> mx.array:
-    """Distance of two waves in log-mels of seven windows, from 32 to 2048 samples.
+    """Distance of two waves in the log-mels of ``config.mel_scales``.
 
-    Each is the mean absolute difference of decimal logarithms; the sum of all is
-    weighted so that it is about as large as ``mel_loss``. Short windows hold the sound
-    to its moments, which one long window leaves free.
+    For Applio's seven windows, from 32 to 2048 samples, it is Applio's loss: a third of
+    the sum of the mean absolute differences of decimal logarithms. For others it is as
+    large: their mean is weighted in place of that of seven.
 
     Args:
         real: ``[B, L]`` float32, L more than half the longest window.
@@ -133,11 +134,11 @@ def multiscale_mel_loss(
 
     Source: Applio ``MultiScaleMelSpectrogramLoss``, after the Descript Audio Codec.
     """
-    sums = [
-        mel_loss(*(_scale(wave, *scale, config) for wave in (real, fake)))
-        for scale in MEL_SCALES
+    distances = [
+        mel_loss(*(_scale(wave, bands, size, config) for wave in (real, fake)))
+        for bands, size in config.mel_scales
     ]
-    return mx.sum(mx.stack(sums)) * (_SCALES_WEIGHT / math.log(10))
+    return mx.mean(mx.stack(distances)) * _SCALES_WEIGHT
 
 
 def _scale(wave: mx.array, bands: int, size: int, config: TrainingConfig) -> mx.array:

@@ -18,7 +18,7 @@ from rvc_mlx.checkpoint import read_checkpoint
 from rvc_mlx.models.voice_config import SynthesizerConfig
 from rvc_mlx.training import filelist
 from rvc_mlx.training.files import read_json, write_json
-from rvc_mlx.training.presets import TrainingConfig, preset
+from rvc_mlx.training.presets import MEL_SCALES, TrainingConfig, preset
 from rvc_mlx.training.run_options import RunOptions
 
 RUN = "run.json"
@@ -89,7 +89,7 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 _PLANNED = ("name", "author", "embedder", "hold_out", "validation_clips")
-_CONFIG = ("prior_share", "multiscale_mel")
+_CONFIG = ("prior_share",)
 _OPTIONS = tuple(field.name for field in fields(RunOptions))
 
 
@@ -137,6 +137,8 @@ def make_plan(folder: Path, arguments: argparse.Namespace) -> Plan:
     options = {name: given[name] for name in _OPTIONS if name in given}
     planned = {name: given[name] for name in _PLANNED if name in given}
     weights = {name: given[name] for name in _CONFIG if name in given}
+    if "multiscale_mel" in given:
+        weights["mel_scales"] = MEL_SCALES if given["multiscale_mel"] else ()
     return replace(
         plan,
         config=replace(plan.config, **weights),

@@ -5,18 +5,17 @@ Source: the JSON configurations of RVC (``configs/v1``, ``configs/v2``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rvc_mlx.models.voice_config import VOCODERS, SynthesizerConfig
 
 PERIODS = {"v1": (2, 3, 5, 7, 11, 17), "v2": (2, 3, 5, 7, 11, 17, 23, 37)}
-# Bands and window, in samples, of each spectrogram of the multi-scale mel loss.
+# Bands and window, in samples, of each spectrogram of Applio's multi-scale mel loss.
 MEL_SCALES = (
     (5, 32), (10, 64), (20, 128), (40, 256), (80, 512), (160, 1024), (320, 2048),
 )  # fmt: skip
-LONGEST_WINDOW = max(size for _, size in MEL_SCALES)
 FEATURE_SIZES = {"v1": 256, "v2": 768}
 
 
@@ -41,8 +40,9 @@ class TrainingConfig:
         kl_weight: weight of the KL loss.
         prior_share: share of each batch that is spoken from the prior, see
             ``forward.generate``, 0 to 1; 0 in RVC.
-        multiscale_mel: compare log-mels of seven windows, see
-            ``losses.multiscale_mel_loss``, in place of the one; False in RVC.
+        mel_scales: bands and window in samples of several spectrograms that are
+            compared in place of the one, see ``losses.multiscale_mel_loss``; the windows
+            are multiples of 4. None in RVC.
     """
 
     model: SynthesizerConfig
@@ -60,7 +60,7 @@ class TrainingConfig:
     mel_weight: float = 45.0
     kl_weight: float = 1.0
     prior_share: float = 0.0
-    multiscale_mel: bool = False
+    mel_scales: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.model.vocoder == "RefineGAN":
@@ -70,11 +70,7 @@ class TrainingConfig:
             )
         if not 0 <= self.prior_share <= 1:
             raise ValueError(f"prior_share is {self.prior_share}; expected 0 to 1")
-        if self.multiscale_mel and self.segment_samples <= LONGEST_WINDOW // 2:
-            raise ValueError(
-                f"a segment has {self.segment_samples} samples; the multi-scale mel loss "
-                f"needs more than {LONGEST_WINDOW // 2}: raise segment_frames"
-            )
+        _check_scales(self.mel_scales, self.segment_samples)
         if self.discriminator not in PERIODS:
             raise ValueError(
                 f"discriminator {self.discriminator!r} is unknown; expected 'v1' or 'v2'"
@@ -104,7 +100,26 @@ class TrainingConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """The inverse of ``dataclasses.asdict``, also after a way through JSON."""
         model = {name: _tupled(value) for name, value in values["model"].items()}
-        return cls(**{**values, "model": SynthesizerConfig(**model)})
+        scales = _tupled(values.get("mel_scales", ()))
+        voice = SynthesizerConfig(**model)
+        return cls(**{**values, "model": voice, "mel_scales": scales})
+
+
+def _check_scales(scales: Sequence[Any], segment: int) -> None:
+    """Raise ValueError for scales of the mel loss that no segment can be compared in."""
+    for scale in scales:
+        fits = isinstance(scale, Sequence) and len(scale) == 2
+        fits = fits and all(isinstance(n, int) and n > 0 for n in scale)
+        if not fits or scale[1] % 4:
+            raise ValueError(
+                f"mel_scales has {scale!r}; expected pairs of bands and window, the "
+                "window a multiple of 4 samples"
+            )
+        if scale[1] // 2 >= segment:
+            raise ValueError(
+                f"a segment has {segment} samples; a mel loss with windows of {scale[1]} "
+                f"needs more than {scale[1] // 2}: raise segment_frames"
+            )
 
 
 @dataclass(frozen=True)

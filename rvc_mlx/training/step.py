@@ -311,7 +311,7 @@ class TrainStep:
         """The generator's losses that need no discriminator."""
         config = self._config
         kl = kl_loss(made.z_p, made.logs_q, made.m_p, made.logs_p, made.mask)
-        if config.multiscale_mel:
+        if config.mel_scales:
             mel = multiscale_mel_loss(real, made.audio, config)
         else:
             spec = segments(x["spec"], x["starts"], config.segment_frames)
