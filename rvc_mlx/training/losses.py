@@ -103,13 +103,14 @@ def log_mel(spectra: mx.array, config: TrainingConfig) -> mx.array:
     Returns:
         ``[B, T, n_mels]`` float32.
     """
-    filters = slaney_filters(
-        config.model.sample_rate,
-        config.n_fft,
-        config.n_mels,
-        config.mel_fmin,
-        config.mel_fmax,
-    )
+    return _log_bands(spectra, config.n_fft, config.n_mels, config)
+
+
+def _log_bands(
+    spectra: mx.array, n_fft: int, bands: int, config: TrainingConfig
+) -> mx.array:
+    rate = config.model.sample_rate
+    filters = slaney_filters(rate, n_fft, bands, config.mel_fmin, config.mel_fmax)
     return mx.log(mx.maximum(spectra @ mx.array(filters), config.log_floor))
 
 
@@ -143,11 +144,9 @@ def multiscale_mel_loss(
 
 def _scale(wave: mx.array, bands: int, size: int, config: TrainingConfig) -> mx.array:
     """Natural log-mel of windows a quarter of their size apart, the first around 0."""
-    rate = config.model.sample_rate
-    filters = slaney_filters(rate, size, bands, config.mel_fmin, config.mel_fmax)
     window = hann_window(size).astype(np.float32)
     spectra = _magnitudes(wave, window, size // 4, size // 2, config.spectrum_epsilon)
-    return mx.log(mx.maximum(spectra @ mx.array(filters), config.log_floor))
+    return _log_bands(spectra, size, bands, config)
 
 
 def discriminator_loss(real: Maps, fake: Maps) -> mx.array:
