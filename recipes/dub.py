@@ -19,13 +19,12 @@ import logging
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-import soxr
 from scipy.ndimage import uniform_filter1d
 from scipy.special import softmax
 
@@ -204,19 +203,19 @@ def dub(
     """
     other = load_audio(stranger)
     T = int(len(other) / SAMPLE_RATE / FRAME_SECONDS) + 1
-    f0 = estimate_clip_f0(by.pitch_net, other, VOICING_THRESHOLD)
-    sound = sound_of(said.samples.astype(np.float64), said.rate)
-    theirs, made = by.logits(other), said.samples.astype(np.float64)
+    line = melody(estimate_clip_f0(by.pitch_net, other, VOICING_THRESHOLD), T)
+    theirs, times = by.logits(other), np.arange(T) * FRAME_SECONDS
+    made = said.samples.astype(np.float64)
+    sound = sound_of(made, said.rate)
     moments: np.ndarray | None = None  # of what the engine said
     for _ in range(_PASSES):
-        own = by.logits(soxr.resample(made, said.rate, SAMPLE_RATE))
+        own = by.logits(replace(said, samples=made).at_16k())
         path, cost = aligned(disagreement(theirs, own))
         if cost > WORST:
             return False
         heard = moments_of(path, T)
-        times = np.arange(T) * FRAME_SECONDS
         moments = heard if moments is None else np.interp(heard, times, moments)
-        made = moved(sound, moments, melody(f0, T), semitones)
+        made = moved(sound, moments, line, semitones)
     made *= levelling(made, PEAK)
     write_vorbis(target, made.astype(np.float32), said.rate, _COMPRESSION)
     return True
