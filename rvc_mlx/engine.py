@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx import fused_encoder, fused_unet
+from rvc_mlx import fused_encoder, fused_prior, fused_unet
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.device_index import DeviceIndex
 from rvc_mlx.device_mel import device_log_mel
@@ -34,6 +34,7 @@ from rvc_mlx.gru_kernel import checked, supports
 from rvc_mlx.models.contentvec import ContentVec
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU, RMVPE
+from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.noise import DeviceNoise, Noise
 from rvc_mlx.retrieval import Blend, blending
 from rvc_mlx.spectral import LogMel, log_mel
@@ -172,6 +173,8 @@ class MLXEngine:
                 network._average = FusedBlocks(network)
             elif isinstance(network, ContentVec):
                 fused_encoder.quicken(network)
+            elif isinstance(network, Synthesizer):
+                fused_prior.quicken(network)
         if isinstance(step, GRU):
             return checked(step) if supports(step) else step
         # On CUDA compiled networks were no faster, and each fusion takes seconds once.

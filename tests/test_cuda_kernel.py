@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from recipes import augment
-from rvc_mlx import conv_kernel, cuda_kernel, fused_unet, gru_kernel
+from rvc_mlx import conv_kernel, cuda_kernel, fused_prior, fused_unet, gru_kernel
 from rvc_mlx.cuda_kernel import CudaKernel, Grid, compile_source
 from rvc_mlx.training import fused, weight_norm
 
@@ -51,7 +51,12 @@ def others():
         pack = {"T": dtype, "PACK": fused._PACK}
         yield fused._GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
-        yield fused._GATE, (dtype,), (dtype,), pack
+        yield fused_prior.GATE, (dtype,), (dtype,), pack
+        yield fused_prior._HEADS, (dtype,), 3 * (dtype,), pack | {"WINDOW": 10}
+        row = {"T": dtype, "WINDOW": 10, "THREADS": 256}
+        yield fused_prior._SOFTMAX, 2 * (dtype,), 2 * (dtype,), row
+        yield fused_prior._WINDOWS, (dtype,), (dtype,), pack
+        yield fused_prior._ADD_HALVES, 3 * (dtype,), 2 * (dtype,), pack
         yield fused._GATE_BACK, (dtype, dtype), (dtype,), pack
         yield fused._FORWARD, (dtype,), (dtype,), {"T": dtype}
         yield fused._BACK, (dtype, dtype), (dtype,), {"T": dtype}

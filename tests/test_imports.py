@@ -30,6 +30,7 @@ ORDER = [
         "conv_kernel",
         "fused_blocks",
         "fused_encoder",
+        "fused_prior",
         "fused_unet",
         "feature_index",
         "faiss_file",

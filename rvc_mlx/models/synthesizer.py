@@ -43,7 +43,7 @@ class Synthesizer(nn.Module):
             config.kernel_size,
             config.f0,
         )
-        self.flow = ResidualCouplingFlow(
+        self.flow: nn.Module = ResidualCouplingFlow(
             config.inter_channels, config.hidden_channels, config.gin_channels
         )
         self.dec = build_vocoder(config)

@@ -95,9 +95,13 @@ class Encoder(nn.Module):
     ):
         super().__init__()
         layers = range(num_layers)
-        self.attn_layers = [RelativeAttention(channels, num_heads) for _ in layers]
+        self.attn_layers: list[nn.Module] = [
+            RelativeAttention(channels, num_heads) for _ in layers
+        ]
         self.norm_layers_1 = [LayerNorm(channels) for _ in layers]
-        self.ffn_layers = [FFN(channels, filter_channels, kernel_size) for _ in layers]
+        self.ffn_layers: list[nn.Module] = [
+            FFN(channels, filter_channels, kernel_size) for _ in layers
+        ]
         self.norm_layers_2 = [LayerNorm(channels) for _ in layers]
 
     def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.fused_prior import GATE
 from rvc_mlx.models.layers import LRELU_SLOPE, gated
 
 Function = Callable[..., mx.array]
@@ -90,20 +91,6 @@ if (i >= packs) return;
 const int row = i / width, first = row * 2 * width + i % width, second = first + width;
 const Pack a = ((const Pack*)x)[first], b = ((const Pack*)x)[second];
 """
-_GATE = CudaKernel(
-    "gate",
-    ("x",),
-    ("y",),
-    _HALVES
-    + r"""
-Pack out;
-#pragma unroll
-for (int k = 0; k < PACK; k++)
-    out.v[k] = T(tanhf(float(a.v[k])) / (1.f + expf(-float(b.v[k]))));
-((Pack*)y)[i] = out;
-""",
-    (("packs", "int"), ("width", "int")),
-)
 _GATE_BACK = CudaKernel(
     "gate_back",
     ("x", "cotangent"),
@@ -184,7 +171,7 @@ def gate(x: mx.array) -> mx.array:
 def _gate(x: mx.array) -> mx.array:
     if not _whole_halves(x):
         return gated(x)
-    return _halved(_GATE, (*x.shape[:-1], x.shape[-1] // 2), x)
+    return _halved(GATE, (*x.shape[:-1], x.shape[-1] // 2), x)
 
 
 @_gate.vjp

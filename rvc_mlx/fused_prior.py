@@ -1,0 +1,403 @@
+"""The text encoder and the inverted flow on CUDA, in less than half the launches.
+
+They are short, so what they cost is mostly that each operation has to be launched:
+
+* One product makes q, k and v, and one kernel lays them out by heads, padded.
+* Scores of relative positions, padding and softmax are one pass over a row of scores.
+* Convolutions along time become one product over windows of frames, bias included; its
+  library needs no plan for a new length, which a convolution's does.
+* Flips of the flow's channels go into the weights of the couplings between them.
+
+It serves whole sequences only, as a conversion has them: there is no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.models.synthesizer import Synthesizer
+from rvc_mlx.models.vits import (
+    RELATIVE_WINDOW,
+    Encoder,
+    RelativeAttention,
+    ResidualCouplingFlow,
+    ResidualCouplingLayer,
+)
+
+_PACK = 8  # channels of a thread
+_THREADS = 256
+_OFFSETS = 2 * RELATIVE_WINDOW + 1
+_ROW_STEP = 16 * 1024  # bytes; a kernel is compiled for each multiple of it
+
+_PACKS = r"""
+struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
+const int i = blockIdx.x * blockDim.x + threadIdx.x;
+if (i >= packs) return;
+const int channel = i % width;
+"""
+_HEADS = CudaKernel(
+    "heads",
+    ("qkv",),
+    ("q", "k", "v"),
+    _PACKS
+    + r"""
+const int padded = L + 2 * WINDOW, row = i / width;
+const int t = row % padded - WINDOW, head = row / padded % heads;
+const int batch = row / padded / heads;
+Pack key, value;
+#pragma unroll
+for (int n = 0; n < PACK; n++) key.v[n] = value.v[n] = T(0.f);
+if (t >= 0 && t < L) {
+    const Pack* in = (const Pack*)qkv +
+        ((size_t)(batch * L + t) * 3 * heads + head) * width + channel;
+    ((Pack*)q)[((size_t)(batch * heads + head) * L + t) * width + channel] = in[0];
+    key = in[heads * width];
+    value = in[2 * heads * width];
+}
+((Pack*)k)[i] = key;
+((Pack*)v)[i] = value;
+""",
+    (("packs", "int"), ("width", "int"), ("L", "int"), ("heads", "int")),
+)
+_SOFTMAX = CudaKernel(
+    "relative_softmax",
+    ("scores", "offsets"),
+    ("weights", "nearby"),
+    r"""
+extern __shared__ float row[];
+__shared__ float partial[THREADS / 32];
+const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+const int N = L + 2 * WINDOW, near = blockIdx.x % L;
+const size_t first = (size_t)blockIdx.x * N;
+const size_t first_offset = (size_t)blockIdx.x * (2 * WINDOW + 1);
+
+float top = -3.4e38f;
+for (int n = threadIdx.x; n < N; n += THREADS) {
+    float score = float(scores[first + n]);
+    if (n < WINDOW || n >= L + WINDOW) score -= 1e4f;
+    const int offset = n - near;
+    if (offset >= 0 && offset <= 2 * WINDOW)
+        score += float(offsets[first_offset + offset]);
+    row[n] = score;
+    top = fmaxf(top, score);
+}
+#pragma unroll
+for (int k = 16; k > 0; k /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
+if (lane == 0) partial[warp] = top;
+__syncthreads();
+#pragma unroll
+for (int k = 0; k < THREADS / 32; k++) top = fmaxf(top, partial[k]);
+__syncthreads();
+
+float sum = 0.f;
+for (int n = threadIdx.x; n < N; n += THREADS) {
+    const float weight = expf(row[n] - top);
+    row[n] = weight;
+    sum += weight;
+}
+#pragma unroll
+for (int k = 16; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
+if (lane == 0) partial[warp] = sum;
+__syncthreads();
+sum = 0.f;
+#pragma unroll
+for (int k = 0; k < THREADS / 32; k++) sum += partial[k];
+
+for (int n = threadIdx.x; n < N; n += THREADS) {
+    const T weight = T(row[n] / sum);
+    weights[first + n] = weight;
+    const int offset = n - near;
+    if (offset >= 0 && offset <= 2 * WINDOW) nearby[first_offset + offset] = weight;
+}
+""",
+    (("L", "int"),),
+)
+_WINDOWS = CudaKernel(
+    "windows",
+    ("x",),
+    ("y",),
+    _PACKS
+    + r"""
+const int tap = i / width % taps, row = i / width / taps;
+const int from = row % L + tap - taps / 2;
+Pack out;
+#pragma unroll
+for (int n = 0; n < PACK; n++) out.v[n] = T(0.f);
+if (from >= 0 && from < L) {
+    out = ((const Pack*)x)[(size_t)(row - row % L + from) * width + channel];
+    if (rectify) {
+        #pragma unroll
+        for (int n = 0; n < PACK; n++) out.v[n] = T(fmaxf(float(out.v[n]), 0.f));
+    }
+}
+((Pack*)y)[i] = out;
+""",
+    (
+        *(("packs", "int"), ("width", "int"), ("L", "int")),
+        *(("taps", "int"), ("rectify", "int")),
+    ),
+)
+# A thread takes as many channels of both halves.
+GATE = CudaKernel(
+    "gate",
+    ("x",),
+    ("y",),
+    _PACKS
+    + r"""
+const int first = i / width * 2 * width + channel, second = first + width;
+const Pack a = ((const Pack*)x)[first], b = ((const Pack*)x)[second];
+Pack out;
+#pragma unroll
+for (int n = 0; n < PACK; n++)
+    out.v[n] = T(tanhf(float(a.v[n])) / (1.f + expf(-float(b.v[n]))));
+((Pack*)y)[i] = out;
+""",
+    (("packs", "int"), ("width", "int")),
+)
+_ADD_HALVES = CudaKernel(
+    "add_halves",
+    ("x", "total", "made"),
+    ("y", "sum"),
+    _PACKS
+    + r"""
+const Pack* halves = (const Pack*)made + (size_t)(i / width) * 2 * width + channel;
+const Pack residual = halves[0], skip = halves[width], in = ((const Pack*)x)[i];
+Pack before, out, all = skip;
+if (has_total) before = ((const Pack*)total)[i];
+#pragma unroll
+for (int n = 0; n < PACK; n++) {
+    out.v[n] = T(float(in.v[n]) + float(residual.v[n]));
+    if (has_total) all.v[n] = T(float(before.v[n]) + float(skip.v[n]));
+}
+((Pack*)y)[i] = out;
+((Pack*)sum)[i] = all;
+""",
+    (("packs", "int"), ("width", "int"), ("has_total", "int")),
+)
+
+
+def quicken(network: Synthesizer) -> None:
+    """Let a loaded voice's prior compute this way from now on, if its widths allow it."""
+    encoder, flow = network.enc_p.encoder, network.flow
+    if isinstance(encoder, Encoder) and all(map(_attends, encoder.attn_layers)):
+        for i, (attention, feed) in enumerate(
+            zip(encoder.attn_layers, encoder.ffn_layers, strict=True)
+        ):
+            encoder.attn_layers[i] = FusedAttention(attention)
+            encoder.ffn_layers[i] = FusedFFN(feed)
+    if isinstance(flow, ResidualCouplingFlow) and _flows(flow):
+        network.flow = InvertedFlow(flow)
+
+
+def _attends(layer: nn.Module) -> bool:
+    if not isinstance(layer, RelativeAttention):
+        return False
+    return bool(layer.emb_rel_k.shape[-1] % _PACK == 0)
+
+
+def _flows(flow: ResidualCouplingFlow) -> bool:
+    widths = (flow.flows[0].pre.weight.shape[0], flow.flows[0].post.weight.shape[0])
+    return all(width % _PACK == 0 for width in widths) and flow.NUM_FLOWS % 2 == 0
+
+
+def _grid(threads: int) -> Grid:
+    return Grid(-(-threads // _THREADS), _THREADS)
+
+
+def split_heads(qkv: mx.array, heads: int) -> list[mx.array]:
+    """``[B, T, 3 C]`` to q ``[B, H, T, D]`` and k and v ``[B, H, T + 2 w, D]``."""
+    B, T, width = qkv.shape
+    D = width // 3 // heads
+    long = (B, heads, T + 2 * RELATIVE_WINDOW, D)
+    packs = B * heads * long[2] * D // _PACK
+    return _HEADS(
+        [qkv],
+        [((B, heads, T, D), qkv.dtype), (long, qkv.dtype), (long, qkv.dtype)],
+        _grid(packs),
+        scalars=[packs, D // _PACK, T, heads],
+        constants={"T": qkv.dtype, "PACK": _PACK, "WINDOW": RELATIVE_WINDOW},
+    )
+
+
+def relative_softmax(scores: mx.array, offsets: mx.array) -> list[mx.array]:
+    """Weights of all keys, and of those near each query once more.
+
+    Args:
+        scores: ``[B, H, T, T + 2 w]``; the first and last ``w`` keys are padding.
+        offsets: ``[B, H, T, 2 w + 1]``, added to the scores of keys -w to w away.
+    """
+    T, keys = scores.shape[-2:]
+    memory = -(-4 * keys // _ROW_STEP) * _ROW_STEP
+    return _SOFTMAX(
+        [scores, offsets],
+        [(scores.shape, scores.dtype), (offsets.shape, scores.dtype)],
+        Grid(scores.size // keys, _THREADS, shared_memory=memory),
+        scalars=[T],
+        constants={"T": scores.dtype, "WINDOW": RELATIVE_WINDOW, "THREADS": _THREADS},
+    )
+
+
+def windows(x: mx.array, taps: int, rectify: bool = False) -> mx.array:
+    """``[B, T, C]`` to the frames that each frame's taps see, ``[B, T, taps * C]``."""
+    B, T, C = x.shape
+    packs = B * T * taps * C // _PACK
+    (y,) = _WINDOWS(
+        [x],
+        [((B, T, taps * C), x.dtype)],
+        _grid(packs),
+        scalars=[packs, C // _PACK, T, taps, rectify],
+        constants={"T": x.dtype, "PACK": _PACK},
+    )
+    return y
+
+
+def gated(x: mx.array) -> mx.array:
+    """``models.layers.gated``."""
+    packs = x.size // (2 * _PACK)
+    (y,) = GATE(
+        [x],
+        [((*x.shape[:-1], x.shape[-1] // 2), x.dtype)],
+        _grid(packs),
+        scalars=[packs, x.shape[-1] // (2 * _PACK)],
+        constants={"T": x.dtype, "PACK": _PACK},
+    )
+    return y
+
+
+def add_halves(x: mx.array, total: mx.array | None, made: mx.array) -> list[mx.array]:
+    """``x`` plus one half of ``made`` ``[..., 2 C]``, ``total`` plus the other."""
+    packs = x.size // _PACK
+    return _ADD_HALVES(
+        [x, x if total is None else total, made],
+        [(x.shape, x.dtype), (x.shape, x.dtype)],
+        _grid(packs),
+        scalars=[packs, x.shape[-1] // _PACK, total is not None],
+        constants={"T": x.dtype, "PACK": _PACK},
+    )
+
+
+class FusedAttention(nn.Module):
+    """``RelativeAttention``."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        heads, C = layer._num_heads, layer.conv_q.weight.shape[0]
+        scale = (heads / C) ** 0.5
+        parts = (layer.conv_q, layer.conv_k, layer.conv_v)
+        weights, biases = [p.weight[:, 0] for p in parts], [p.bias for p in parts]
+        self.weight = mx.concatenate([scale * weights[0], *weights[1:]])
+        self.bias = mx.concatenate([scale * biases[0], *biases[1:]])
+        self.out_weight, self.out_bias = layer.conv_o.weight[:, 0], layer.conv_o.bias
+        self.emb_rel_k, self.emb_rel_v = layer.emb_rel_k[0], layer.emb_rel_v[0]
+        self._num_heads = heads
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        _refuse(mask)
+        B, T, C = x.shape
+        qkv = mx.addmm(self.bias, x, self.weight.T)
+        q, k, v = split_heads(qkv, self._num_heads)
+        scores, offsets = q @ k.swapaxes(-1, -2), q @ self.emb_rel_k.T
+        weights, nearby = relative_softmax(scores, offsets)
+        y = mx.addmm(weights @ v, nearby, self.emb_rel_v)
+        y = y.swapaxes(1, 2).reshape(B, T, C)
+        return mx.addmm(self.out_bias, y, self.out_weight.T)
+
+
+class FusedFFN(nn.Module):
+    """``FFN``."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.first = layer.conv_1.weight.flatten(1), layer.conv_1.bias
+        self.second = layer.conv_2.weight.flatten(1), layer.conv_2.bias
+        self._taps = layer.conv_1.weight.shape[1]
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        _refuse(mask)
+        for (weight, bias), rectify in ((self.first, False), (self.second, True)):
+            x = mx.addmm(bias, windows(x, self._taps, rectify), weight.T)
+        return x
+
+
+class InvertedFlow(nn.Module):
+    """``ResidualCouplingFlow`` with ``reverse``."""
+
+    def __init__(self, flow: ResidualCouplingFlow):
+        super().__init__()
+        layers = [one for one in flow.flows if isinstance(one, ResidualCouplingLayer)]
+        # Run backwards; in front of every second one channels are turned round.
+        self.couplings = [
+            _Shift(layer, turned=i % 2 == 0) for i, layer in enumerate(layers[::-1])
+        ]
+
+    def __call__(
+        self,
+        x: mx.array,
+        g: mx.array,
+        mask: mx.array | None = None,
+        reverse: bool = False,
+    ) -> mx.array:
+        """``[B, T, C]`` and speaker ``[B, 1, gin]`` to ``[B, T, C]``."""
+        _refuse(mask)
+        if not reverse:
+            raise ValueError("this flow runs backwards only; load the voice again")
+        second, first = map(mx.contiguous, mx.split(x, 2, axis=-1))
+        for coupling in self.couplings:
+            second = second - coupling(first, g)
+            first, second = second, first
+        return mx.concatenate([second, first], axis=-1)
+
+
+class _Shift(nn.Module):
+    """What a ``ResidualCouplingLayer`` takes off one half, from the other half."""
+
+    def __init__(self, layer: ResidualCouplingLayer, turned: bool):
+        super().__init__()
+        wn, order = layer.enc, slice(None, None, -1 if turned else 1)
+        self.pre = mx.contiguous(layer.pre.weight[:, 0, order]), layer.pre.bias
+        self.post = (
+            mx.contiguous(layer.post.weight[order, 0]),
+            mx.contiguous(layer.post.bias[order]),
+        )
+        inner = mx.concatenate([one.bias for one in wn.in_layers])
+        self.condition = wn.cond_layer.weight[:, 0], wn.cond_layer.bias + inner
+        self.in_weights = [one.weight.flatten(1) for one in wn.in_layers]
+        self.res_skip = [(one.weight[:, 0], one.bias) for one in wn.res_skip_layers]
+        self._taps = wn.in_layers[0].weight.shape[1]
+
+    def __call__(self, x: mx.array, g: mx.array) -> mx.array:
+        """``[B, T, C / 2]`` and speaker ``[B, 1, gin]`` to ``[B, T, C / 2]``."""
+        x = _linear(x, self.pre)
+        conditions = mx.split(_linear(g, self.condition), len(self.in_weights), axis=-1)
+        total: mx.array | None = None
+        for weight, condition, res_skip in zip(
+            self.in_weights, conditions, self.res_skip, strict=True
+        ):
+            seen = windows(x, self._taps)
+            if len(g) == 1:  # as a bias, it costs no launch
+                inner = mx.addmm(condition.flatten(), seen, weight.T)
+            else:
+                inner = seen @ weight.T + condition
+            made = _linear(gated(inner), res_skip)
+            if made.shape[-1] == x.shape[-1]:  # the last
+                total = made if total is None else total + made
+            else:
+                x, total = add_halves(x, total, made)
+        assert total is not None
+        return _linear(total, self.post)
+
+
+def _linear(x: mx.array, layer: Sequence[mx.array]) -> mx.array:
+    weight, bias = layer
+    return mx.addmm(bias, x, weight.T)
+
+
+def _refuse(mask: mx.array | None) -> None:
+    if mask is not None:
+        raise ValueError("there is no mask here; it serves whole sequences")
