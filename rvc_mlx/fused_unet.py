@@ -5,6 +5,8 @@ and sum reads and writes an image of its own::
 
     conv1 +bias relu conv2 +bias relu shortcut +bias +      nine launches
     conv1 [+bias relu] conv2 shortcut [+bias relu + +bias]  five
+
+The pooling between blocks has a kernel of its own, too: MLX sums columns for it, slowly.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.models.rmvpe import RMVPE, ConvBlockRes, ResDecoderBlock, ResEncoderBlock
+from rvc_mlx.models.rmvpe import (
+    RMVPE,
+    ConvBlockRes,
+    Encoder,
+    ResDecoderBlock,
+    ResEncoderBlock,
+)
 
 _PACK = 8  # channels of a thread
 _THREADS = 256
@@ -40,10 +48,35 @@ for (int k = 0; k < PACK; k++) {
     (("packs", "int"), ("channels", "int"), ("has_shortcut", "int")),
 )
 
+_POOL = CudaKernel(
+    "pooled",
+    ("x",),
+    ("y",),
+    r"""
+struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
+const int i = blockIdx.x * blockDim.x + threadIdx.x;
+if (i >= packs) return;
+const int column = i / width % columns, row = i / width / columns;
+const Pack* first = (const Pack*)x + (size_t)(4 * row * columns + 2 * column) * width;
+const Pack* second = first + (size_t)2 * columns * width;
+const int channel = i % width;
+const Pack a = first[channel], b = first[width + channel];
+const Pack c = second[channel], d = second[width + channel];
+Pack out;
+#pragma unroll
+for (int k = 0; k < PACK; k++)
+    out.v[k] = T(0.25f * (float(a.v[k]) + float(b.v[k]) + float(c.v[k]) + float(d.v[k])));
+((Pack*)y)[i] = out;
+""",
+    (("packs", "int"), ("width", "int"), ("columns", "int")),
+)
+
 
 def quicken(network: RMVPE) -> None:
     """Let a loaded network, its batch norms folded, compute this way from now on."""
     for module in network.modules():
+        if isinstance(module, Encoder) and not network.config.base_channels % _PACK:
+            module._pool = pooled
         if isinstance(module, ResEncoderBlock):
             module.conv = [_quick(block) for block in module.conv]
         elif isinstance(module, ResDecoderBlock):
@@ -78,6 +111,24 @@ def rectified(
         [(x.shape, x.dtype)],
         Grid(-(-packs // _THREADS), _THREADS),
         scalars=[packs, x.shape[-1], shortcut is not None],
+        constants={"T": x.dtype, "PACK": _PACK},
+    )
+    return y
+
+
+def pooled(x: mx.array) -> mx.array:
+    """Mean of every 2 by 2 places: ``[B, 2 T, 2 M, C]`` to ``[B, T, M, C]``.
+
+    C is a multiple of 8, and there are fewer than 2**34 values.
+    """
+    B, T, M, C = x.shape
+    shape = (B, T // 2, M // 2, C)
+    packs = x.size // 4 // _PACK
+    (y,) = _POOL(
+        [x],
+        [(shape, x.dtype)],
+        Grid(-(-packs // _THREADS), _THREADS),
+        scalars=[packs, C // _PACK, M // 2],
         constants={"T": x.dtype, "PACK": _PACK},
     )
     return y

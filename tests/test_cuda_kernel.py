@@ -48,6 +48,7 @@ def others():
     for dtype in (F32, BF16, F16):
         unet = {"T": dtype, "PACK": fused_unet._PACK}
         yield fused_unet._KERNEL, (dtype, F32, dtype, F32), (dtype,), unet
+        yield fused_unet._POOL, (dtype,), (dtype,), unet
         pack = {"T": dtype, "PACK": fused._PACK}
         yield fused._GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack

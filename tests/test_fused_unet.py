@@ -1,6 +1,7 @@
 """The pitch net as it is computed on CUDA equals the model."""
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -40,6 +41,7 @@ def plain(x, bias, shortcut=None, offset=None):
 
 def test_the_blocks_are_put_together_as_the_model_has_them(monkeypatch):
     monkeypatch.setattr(fused_unet, "rectified", plain)
+    monkeypatch.setattr(fused_unet, "pooled", nn.AvgPool2d(2, stride=2))
     net, mel = network(), mx.random.normal((2, 32, 16))
     expected = net.image_features(mel)
     fused_unet.quicken(net)
@@ -70,4 +72,16 @@ def test_the_kernel_equals_plain_operations(dtype, beside):
     # Sums in another order; in half precision rounded once.
     tolerance = 1e-6 if dtype == mx.float32 else 1e-2
     expected = plain(x, bias, *more).astype(mx.float32)
+    assert mx.allclose(found.astype(mx.float32), expected, tolerance, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_the_pooling_kernel_is_a_mean(dtype):
+    x = mx.random.normal((2, 8, 6, 24)).astype(dtype)
+    found = fused_unet.pooled(x)
+    assert found.dtype == dtype
+    expected = nn.AvgPool2d(2, stride=2)(x.astype(mx.float32))
+    tolerance = 1e-6 if dtype == mx.float32 else 1e-2
     assert mx.allclose(found.astype(mx.float32), expected, tolerance, tolerance)
