@@ -1,7 +1,7 @@
 """The convolutions of the vocoder's residual blocks as one CUDA kernel each.
 
-One launch computes ``(conv(leaky_relu(x)) + bias + residual + accumulate) * scale``, on
-tensor cores: bfloat16 and float16 as they are, float32 arrays as TF32 or as float16. A block of
+One launch computes ``(conv(leaky_relu(x)) + bias + residual + accumulate) * scale``,
+rectified once more if asked, on tensor cores: bfloat16 and float16 as they are, float32 arrays as TF32 or as float16. A block of
 threads keeps its input rows, activated, in shared memory. They serve every tap, shifted
 by the dilation, while the weights stream through a ring of stages beside them::
 
@@ -20,6 +20,7 @@ Half of this long file is the CUDA source, which is one piece with the sizes aro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -93,9 +94,11 @@ __device__ __forceinline__ unsigned pair(float16, float low, float high) {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
 }
-__device__ __forceinline__ float rectified(unsigned word, float slope) {
-    const float v = __uint_as_float(word);
+__device__ __forceinline__ float rectified(float v, float slope) {
     return fmaxf(v, v * slope);
+}
+__device__ __forceinline__ float rectified(unsigned word, float slope) {
+    return rectified(__uint_as_float(word), slope);
 }
 __device__ __forceinline__ float in_range(float v) {
     return fminf(fmaxf(v, -65504.f), 65504.f);  // an infinity would spread
@@ -139,6 +142,7 @@ constexpr int M = WARPS_M * MT * 16, N = WARPS_N * NT * 8;
 constexpr int THREADS = 32 * WARPS_M * WARPS_N, BYTES = sizeof(P);
 constexpr int X_STRIDE = CHUNK * BYTES + 16, X_PIECES = CHUNK * sizeof(T) / 16;
 constexpr int KEPT = 16 * sizeof(P) / sizeof(T);  // bytes that a piece of input becomes
+constexpr bool SHORTER = sizeof(R) < sizeof(T);
 constexpr int W_STRIDE = DEPTH * BYTES + 16, W_PIECES = DEPTH * BYTES / 16;
 
 extern __shared__ __align__(16) unsigned char shared[];
@@ -246,7 +250,7 @@ for (int chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
 
 // The packed weights are ordered so that a lane holds VECTOR neighbouring channels.
 constexpr int VECTOR = GROUP * 2;
-struct alignas(VECTOR * sizeof(T)) Vector { T v[VECTOR]; };
+struct alignas(VECTOR * sizeof(R)) Vector { R v[VECTOR]; };
 #pragma unroll
 for (int q = 0; q < NT / GROUP; q++) {
     const int column = first_column + warp_column + q * (GROUP * 8) + lane % 4 * VECTOR;
@@ -266,7 +270,8 @@ for (int q = 0; q < NT / GROUP; q++) {
             float v = sum[r / 2][q * GROUP + e / 2][r % 2 * 2 + e % 2] + offset[e];
             if (has_residual) v += float(added.v[e]);
             if (has_accumulate) v += float(total.v[e]);
-            result.v[e] = T(v * scale);
+            v = rectified(v * scale, out_slope);
+            result.v[e] = R(SHORTER ? in_range(v) : v);
         }
         *(Vector*)(y + at) = result;
     }
@@ -281,7 +286,7 @@ _KERNEL = CudaKernel(
     (
         *(("L", "int"), ("taps", "int"), ("dilation", "int")),
         *(("has_residual", "int"), ("has_accumulate", "int")),
-        *(("slope", "float"), ("scale", "float")),
+        *(("slope", "float"), ("scale", "float"), ("out_slope", "float")),
     ),
     _HEADER,
 )
@@ -333,12 +338,31 @@ class Tile:
         return rows * (self.chunk + 16) + weights
 
 
+class Output(NamedTuple):
+    """What a convolution gives.
+
+    Attributes:
+        dtype: float16 for an input of float32 is cut to its range.
+        slope: of a leaky rectifier behind everything, above 0; 1 for none.
+    """
+
+    dtype: mx.Dtype
+    slope: float = 1.0
+
+
 @dataclass(frozen=True)
 class PackedWeight:
-    """Weights in the order of the kernel, ``[k, C, C]``, and the tile to run them with."""
+    """Weights in the order of the kernel.
+
+    Attributes:
+        array: ``[k, C, C]``.
+        tile: to run them with.
+        output: what comes of it; the order depends on its type.
+    """
 
     array: mx.array
     tile: Tile
+    output: Output
 
 
 def supports(channels: int, taps: int, dtype: mx.Dtype) -> bool:
@@ -401,6 +425,7 @@ def pack_weight(
     dtype: mx.Dtype,
     tile: Tile | None = None,
     products: mx.Dtype | None = None,
+    output: Output | None = None,
 ) -> PackedWeight:
     """Weights ``[C, k, C]`` of a convolution in the order of the kernel.
 
@@ -409,11 +434,12 @@ def pack_weight(
 
     Args:
         weight: of the convolution.
-        dtype: of the arrays that it will meet.
+        dtype: of the input that it will meet.
         tile: the default one if None.
         products: the type in which they are multiplied, by default ``dtype``. float32
             means TF32; float16 instead is as exact for numbers between 6e-5 and 65504
             (beyond, it is off by 3e-8, or cut), and about twice as fast.
+        output: by default of ``dtype``.
     """
     products = products or dtype
     C, k, C_in = weight.shape
@@ -422,14 +448,15 @@ def pack_weight(
             f"weight is [{C}, {k}, {C_in}]; the kernel wants [C, odd, C] "
             f"with C one of {CHANNELS}"
         )
-    group = _group(C, dtype)
+    output = output or Output(dtype)
+    group = _group(C, output.dtype)
     w = weight.reshape(C // (8 * group), 4, group, 2, k, C)
     w = w.transpose(4, 0, 2, 1, 3, 5).reshape(k, C, C)
     if products == mx.float32:
         bits = w.astype(mx.float32).view(mx.uint32)
         w = ((bits + 0x1000) & 0xFFFFE000).view(mx.float32)
     w = mx.contiguous(w.astype(products))
-    return PackedWeight(w, tile or default_tile(C, products, dtype))
+    return PackedWeight(w, tile or default_tile(C, products, dtype), output)
 
 
 def fused_conv(
@@ -443,10 +470,10 @@ def fused_conv(
     accumulate: mx.array | None = None,
     scale: float = 1.0,
 ) -> mx.array:
-    """``(conv1d(leaky_relu(x)) + bias + residual + accumulate) * scale``.
+    """``leaky_relu((conv1d(leaky_relu(x)) + bias + residual + accumulate) * scale)``.
 
     Sums, bias and additions are in float32, with one rounding at the end. The length
-    stays; positions outside count as zeros.
+    stays; positions outside count as zeros. The weight tells the output's type and slope.
 
     Args:
         x: ``[B, L, C]`` float32, bfloat16 or float16.
@@ -454,12 +481,12 @@ def fused_conv(
         bias: ``[C]``.
         dilation: Positions between taps.
         slope: Of the leaky rectifier for negative values, above 0; 1 for none.
-        residual: ``[B, L, C]``, added.
-        accumulate: ``[B, L, C]``, added.
+        residual: ``[B, L, C]`` of the output's dtype, added.
+        accumulate: ``[B, L, C]``, likewise.
         scale: Multiplies everything.
 
     Returns:
-        ``[B, L, C]`` of the dtype of ``x``.
+        ``[B, L, C]`` of the output's dtype.
 
     Raises:
         ValueError: Shapes or dtypes do not fit, or a block needs too much memory.
@@ -474,19 +501,20 @@ def fused_conv(
             f"{dilation}; a block has {MAX_SHARED_MEMORY}"
         )
     added = residual is not None, accumulate is not None
+    nothing = x if x.dtype == weight.output.dtype else mx.zeros((), weight.output.dtype)
     blocks = -(-L // tile.positions) * (C // tile.columns)
     (y,) = _KERNEL(
         [
             x,
             weight.array,
             bias.astype(mx.float32),
-            x if residual is None else residual,
-            x if accumulate is None else accumulate,
+            nothing if residual is None else residual,
+            nothing if accumulate is None else accumulate,
         ],
-        [(x.shape, x.dtype)],
+        [(x.shape, weight.output.dtype)],
         Grid(blocks, tile.threads, B, memory),
-        scalars=[L, taps, dilation, *added, slope, scale],
-        constants=_constants(x.dtype, weight.array.dtype, C, tile),
+        scalars=[L, taps, dilation, *added, slope, scale, weight.output.slope],
+        constants=_constants(x.dtype, weight.array.dtype, C, tile, weight.output.dtype),
     )
     return y
 
@@ -497,12 +525,17 @@ def _group(channels: int, dtype: mx.Dtype) -> int:
 
 
 def _constants(
-    dtype: mx.Dtype, products: mx.Dtype, channels: int, tile: Tile
+    dtype: mx.Dtype,
+    products: mx.Dtype,
+    channels: int,
+    tile: Tile,
+    out_dtype: mx.Dtype | None = None,
 ) -> dict[str, Constant]:
     """What the kernel is compiled for; the rest is told at run time."""
     return {
         "T": dtype,
         "P": products,
+        "R": out_dtype or dtype,
         "CHANNELS": channels,
         "WARPS_M": tile.warps_m,
         "WARPS_N": tile.warps_n,
@@ -512,7 +545,7 @@ def _constants(
         "DEPTH": tile.depth // products.size,
         "STAGES": tile.stages,
         "BATCH": tile.batch,
-        "GROUP": _group(channels, dtype),
+        "GROUP": _group(channels, out_dtype or dtype),
     }
 
 
@@ -531,5 +564,7 @@ def _check(
             f"weight is {w.dtype} {w.shape} and bias {bias.shape} for x {x.dtype} {x.shape}"
         )
     for a in extra:
-        if a.shape != x.shape or a.dtype != x.dtype:
-            raise ValueError(f"cannot add {a.dtype} {a.shape} to {x.dtype} {x.shape}")
+        if a.shape != x.shape or a.dtype != weight.output.dtype:
+            raise ValueError(
+                f"cannot add {a.dtype} {a.shape} to {weight.output.dtype} {x.shape}"
+            )

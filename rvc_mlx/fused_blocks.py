@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx.conv_kernel import PackedWeight, fused_conv, pack_weight, supports
+from rvc_mlx.conv_kernel import Output, PackedWeight, fused_conv, pack_weight, supports
 from rvc_mlx.models.layers import LRELU_SLOPE, ResBlock
 from rvc_mlx.models.nsf_hifigan import HiFiGAN, MRFBlock, average_blocks
 
@@ -23,13 +23,7 @@ class _Convolution:
     weight: PackedWeight
     bias: mx.array
     dilation: int
-
-    @classmethod
-    def of(cls, layer: nn.Conv1d) -> _Convolution:
-        dtype = layer.weight.dtype
-        products = mx.float16 if dtype == mx.float32 else dtype
-        packed = pack_weight(layer.weight, dtype, products=products)
-        return cls(packed, layer.bias, layer.dilation)
+    slope: float
 
     def __call__(
         self,
@@ -43,11 +37,27 @@ class _Convolution:
             self.weight,
             self.bias,
             dilation=self.dilation,
-            slope=LRELU_SLOPE,
+            slope=self.slope,
             residual=residual,
             accumulate=accumulate,
             scale=scale,
         )
+
+
+def _step(first: nn.Conv1d, second: nn.Conv1d) -> tuple[_Convolution, _Convolution]:
+    """A step's convolutions; what is between them is rectified by the first.
+
+    The second multiplies it in float16 where arrays are float32: so it is kept.
+    """
+    dtype = first.weight.dtype
+    inner = mx.float16 if dtype == mx.float32 else dtype
+    rectified = Output(inner, LRELU_SLOPE)
+    packed = pack_weight(first.weight, dtype, products=inner, output=rectified)
+    again = pack_weight(second.weight, inner, output=Output(dtype))
+    return (
+        _Convolution(packed, first.bias, first.dilation, LRELU_SLOPE),
+        _Convolution(again, second.bias, second.dilation, 1.0),
+    )
 
 
 def _pairs(block: nn.Module) -> list[tuple[nn.Conv1d, nn.Conv1d]]:
@@ -66,9 +76,7 @@ class FusedBlocks:
             for block in blocks:
                 pairs = _pairs(block)
                 if all(_fits(layer) for pair in pairs for layer in pair):
-                    self._steps[id(block)] = [
-                        (_Convolution.of(a), _Convolution.of(b)) for a, b in pairs
-                    ]
+                    self._steps[id(block)] = [_step(a, b) for a, b in pairs]
 
     def __call__(self, x: mx.array, blocks: Sequence[nn.Module]) -> mx.array:
         """``[B, L, C]`` to the mean of what the blocks make of it."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rvc_mlx import conv_kernel
-from rvc_mlx.conv_kernel import Tile, fused_conv, pack_weight
+from rvc_mlx.conv_kernel import Output, Tile, fused_conv, pack_weight
 
 needs_gpu = pytest.mark.skipif(
     not conv_kernel.supports(32, 3, mx.float32), reason="needs a CUDA GPU like an H100"
@@ -169,10 +169,11 @@ void mma(T, float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     yield();
 }
 
+inline float rectified(float v, float slope) { return fmaxf(v, v * slope); }
 inline float rectified(unsigned word, float slope) {
-    const float v = __int_as_float(word);
-    return fmaxf(v, v * slope);
+    return rectified(__int_as_float(word), slope);
 }
+inline float in_range(float v) { return fminf(fmaxf(v, -65504.f), 65504.f); }
 inline unsigned pair(bfloat16, float low, float high) {
     return bfloat16(low).bits | (unsigned)bfloat16(high).bits << 16;
 }
@@ -183,6 +184,15 @@ inline unsigned activate(float, unsigned word, float slope) {
     const float v = rectified(word, slope);
     memcpy(&word, &v, 4);
     return (word + 0x1000) & ~0x1fffu;
+}
+inline float unpacked(unsigned bits) {
+    float16 half;
+    half.bits = bits;
+    return half;
+}
+inline unsigned activate(float16, unsigned word, float slope) {
+    return pair(float16(), rectified(unpacked(word & 0xffff), slope),
+                rectified(unpacked(word >> 16), slope));
 }
 inline unsigned activate(bfloat16, unsigned word, float slope) {
     return pair(bfloat16(), rectified(word << 16, slope), rectified(word >> 16 << 16, slope));
@@ -239,9 +249,9 @@ template <class V> std::vector<V> read_array(const char* path, size_t extra = 0)
 """
 
 _MAIN = r"""
-void kernel(const T* x, const P* weight, const float* bias, const T* residual,
-            const T* accumulate, T* y, int L, int taps, int dilation, int has_residual,
-            int has_accumulate, float slope, float scale) {
+void kernel(const T* x, const P* weight, const float* bias, const R* residual,
+            const R* accumulate, R* y, int L, int taps, int dilation, int has_residual,
+            int has_accumulate, float slope, float scale, float out_slope) {
 %s
 }
 int main(int, char** arguments) {
@@ -249,13 +259,14 @@ int main(int, char** arguments) {
     auto shape = read_array<int>("shape");  // B, L, dilation, k, blocks
     auto x = read_array<T>("x");
     auto weight = read_array<P>("weight");
-    auto residual = read_array<T>("residual"), accumulate = read_array<T>("accumulate");
+    auto residual = read_array<R>("residual"), accumulate = read_array<R>("accumulate");
     auto bias = read_array<float>("bias");
-    auto numbers = read_array<float>("numbers");  // slope, scale
-    std::vector<T> y(x.size(), T(NAN));
+    auto numbers = read_array<float>("numbers");  // slope, scale, out_slope
+    std::vector<R> y(x.size(), R(NAN));
     body = [&] {
         kernel(x.data(), weight.data(), bias.data(), residual.data(), accumulate.data(),
-               y.data(), shape[1], shape[3], shape[2], true, true, numbers[0], numbers[1]);
+               y.data(), shape[1], shape[3], shape[2], true, true, numbers[0], numbers[1],
+               numbers[2]);
     };
     for (unsigned b = 0; b < (unsigned)shape[0]; b++)
         for (unsigned i = 0; i < (unsigned)shape[4]; i++) {
@@ -263,7 +274,7 @@ int main(int, char** arguments) {
             run_block(32 * WARPS_M * WARPS_N, SHARED_MEMORY);
         }
     FILE* file = fopen("y", "wb");
-    fwrite(y.data(), sizeof(T), y.size(), file);
+    fwrite(y.data(), sizeof(R), y.size(), file);
     fclose(file);
 }
 """
@@ -272,24 +283,36 @@ int main(int, char** arguments) {
 _TYPES = {mx.float32: "float", mx.float16: "float16", mx.bfloat16: "bfloat16"}
 
 
-def operands(B, L, C, k, dtype):
-    """Input, weight, bias and two arrays to add, all exact in ``dtype``."""
+def operands(B, L, C, k, dtype, out_dtype=None):
+    """Input, weight, bias and two arrays to add, all exact in their types."""
     shapes = {"x": (B, L, C), "weight": (C, k, C), "bias": (C,)}
     shapes |= {"residual": (B, L, C), "accumulate": (B, L, C)}
     arrays = {name: mx.random.normal(shape) for name, shape in shapes.items()}
     arrays["weight"] /= (C * k) ** 0.5
-    return {
-        name: a if name == "bias" else a.astype(dtype) for name, a in arrays.items()
-    }
+    added = out_dtype or dtype
+    types = {"bias": mx.float32, "residual": added, "accumulate": added}
+    return {name: a.astype(types.get(name, dtype)) for name, a in arrays.items()}
 
 
-def expected(x, weight, bias, *, dilation, slope, residual=0, accumulate=0, scale=1):
+def expected(
+    x,
+    weight,
+    bias,
+    *,
+    dilation,
+    slope,
+    residual=0,
+    accumulate=0,
+    scale=1,
+    out_slope=1,
+):
     """The same with MLX's convolution in float32, rounded nowhere."""
     x = x.astype(mx.float32)
     x = mx.maximum(x, slope * x)
     pad = (weight.shape[1] - 1) // 2 * dilation
     y = mx.conv1d(x, weight.astype(mx.float32), padding=pad, dilation=dilation)
-    return (y + bias + residual + accumulate) * scale
+    y = (y + bias + residual + accumulate) * scale
+    return mx.maximum(y, out_slope * y)
 
 
 def error(y, wanted):
@@ -303,7 +326,9 @@ def bits(a):
     return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
 
 
-def on_processor(folder, arrays, *, dilation, slope, scale, tile, products):
+def on_processor(
+    folder, arrays, *, dilation, slope, scale, out_slope, tile, products, out_dtype
+):
     """Run the kernel's source, block after block, as ``_CUDA_ON_PROCESSOR`` has it.
 
     Twice: with asynchronous copies made at once, and as late as the kernel allows.
@@ -312,15 +337,17 @@ def on_processor(folder, arrays, *, dilation, slope, scale, tile, products):
     dtype, (B, L, C), k = x.dtype, x.shape, arrays["weight"].shape[1]
     memory = tile.shared_memory(k, dilation)
     blocks = -(-L // tile.positions) * (C // tile.columns)
-    packed = pack_weight(arrays["weight"], dtype, tile, products).array
+    packed = pack_weight(
+        arrays["weight"], dtype, tile, products, Output(out_dtype, out_slope)
+    ).array
     for name, a in {**arrays, "weight": packed}.items():
         bits(a).tofile(folder / name)
     np.array([B, L, dilation, k, blocks], np.int32).tofile(folder / "shape")
-    np.array([slope, scale], np.float32).tofile(folder / "numbers")
-    constants = conv_kernel._constants(dtype, products, C, tile)
+    np.array([slope, scale, out_slope], np.float32).tofile(folder / "numbers")
+    constants = conv_kernel._constants(dtype, products, C, tile, out_dtype)
     constants["SHARED_MEMORY"] = memory
     lines = [_CUDA_ON_PROCESSOR]
-    lines += [f"using {name} = {_TYPES[constants.pop(name)]};" for name in "TP"]
+    lines += [f"using {name} = {_TYPES[constants.pop(name)]};" for name in "TPR"]
     lines += [f"constexpr int {name} = {value};" for name, value in constants.items()]
     source = conv_kernel._SOURCE.replace(
         "extern __shared__ __align__(16) unsigned char shared[];",
@@ -331,9 +358,10 @@ def on_processor(folder, arrays, *, dilation, slope, scale, tile, products):
     subprocess.run(["g++", *flags], cwd=folder, check=True)
     for lazy in "01":
         subprocess.run(["./kernel", lazy], cwd=folder, check=True)
-        y = np.fromfile(folder / "y", np.float32 if dtype == mx.float32 else np.uint16)
-        y = mx.array(y.reshape(B, L, C))
-        yield y if dtype == mx.float32 else y.view(mx.bfloat16)
+        kinds = {mx.float32: np.float32, mx.float16: np.float16}
+        y = mx.array(np.fromfile(folder / "y", kinds.get(out_dtype, np.uint16)))
+        y = y if out_dtype in kinds else y.view(mx.bfloat16)
+        yield y.reshape(B, L, C)
 
 
 @needs_compiler
@@ -347,25 +375,28 @@ def on_processor(folder, arrays, *, dilation, slope, scale, tile, products):
     ],
 )
 @pytest.mark.parametrize(
-    ("dtype", "products"),
+    ("dtype", "products", "out_dtype"),
     [
-        (mx.float32, mx.float32),
-        (mx.float32, mx.float16),
-        (mx.bfloat16, mx.bfloat16),
+        (mx.float32, mx.float32, mx.float32),
+        (mx.float32, mx.float16, mx.float32),
+        (mx.float32, mx.float16, mx.float16),
+        (mx.float16, mx.float16, mx.float32),
+        (mx.bfloat16, mx.bfloat16, mx.bfloat16),
     ],
 )
-def test_the_source_convolves(tmp_path, dtype, products, shape, dilation, tile):
+def test_the_source_convolves(
+    tmp_path, dtype, products, out_dtype, shape, dilation, tile
+):
     if products.size == 2 and shape[2] == 16:
         tile = Tile(2, 1, 1, 2, 32, 32, 2)
-    arrays = operands(*shape, dtype)
-    options = {"dilation": dilation, "slope": 0.1, "scale": 1 / 3}
+    arrays = operands(*shape, dtype, out_dtype)
+    options = {"dilation": dilation, "slope": 0.1, "scale": 1 / 3, "out_slope": 0.2}
+    kinds = {"products": products, "out_dtype": out_dtype}
     with mx.stream(mx.cpu):
         wanted = expected(**arrays, **options)
-        for y in on_processor(
-            tmp_path, arrays, **options, tile=tile, products=products
-        ):
+        for y in on_processor(tmp_path, arrays, **options, tile=tile, **kinds):
             # Ten bits of fraction in TF32 and float16, seven in bfloat16.
-            assert error(y, wanted) < (1e-3 if dtype == mx.float32 else 8e-3)
+            assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
@@ -420,3 +451,21 @@ def test_convolution_equals_mlx(channels, k, dilation, dtype):
         y = fused_conv(**{**arrays, "weight": weight}, **options)
         # Ten bits of fraction (seven in bfloat16), and sums of thousands of products.
         assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 2e-3)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", conv_kernel.CHANNELS)
+@pytest.mark.parametrize("kinds", [(mx.float32, mx.float16), (mx.float16, mx.float32)])
+def test_convolution_into_another_type(channels, kinds):
+    dtype, out_dtype = kinds
+    arrays = operands(2, 777, channels, 7, dtype, out_dtype)
+    options = {"dilation": 3, "slope": 0.1, "scale": 1 / 3}
+    with mx.stream(mx.cpu):
+        wanted = expected(**arrays, **options, out_slope=0.1)
+        mx.eval(wanted)
+    output = Output(out_dtype, 0.1)
+    weight = pack_weight(arrays["weight"], dtype, None, mx.float16, output)
+    y = fused_conv(**{**arrays, "weight": weight}, **options)
+    assert y.dtype == out_dtype
+    assert error(y, wanted) < 2e-3

@@ -31,12 +31,14 @@ needs_nvrtc = pytest.mark.skipif(not has_nvrtc(), reason="needs NVRTC")
 
 
 def convolutions():
-    for dtype, products in [*((d, d) for d in conv_kernel.DTYPES), (F32, F16)]:
+    same = [3 * (dtype,) for dtype in conv_kernel.DTYPES]
+    short = [(F32, F16, F32), (F32, F16, F16), (F16, F16, F32)]
+    for dtype, products, out in same + short:
         for channels in conv_kernel.CHANNELS:
             tile = conv_kernel.default_tile(channels, products, dtype)
-            constants = conv_kernel._constants(dtype, products, channels, tile)
-            inputs = (dtype, products, F32, dtype, dtype)
-            yield conv_kernel._KERNEL, inputs, (dtype,), constants
+            constants = conv_kernel._constants(dtype, products, channels, tile, out)
+            inputs = (dtype, products, F32, out, out)
+            yield conv_kernel._KERNEL, inputs, (out,), constants
 
 
 def others():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -107,7 +107,7 @@ class Encoder(nn.Module):
         self.layers = [
             ResEncoderBlock(a, b, config.blocks) for a, b in itertools.pairwise(widths)
         ]
-        self._pool = nn.AvgPool2d(2, stride=2)
+        self._pool: Callable[[mx.array], mx.array] = nn.AvgPool2d(2, stride=2)
 
     def __call__(self, x: mx.array) -> tuple[mx.array, list[mx.array]]:
         """``[B, T, M, 1]`` to the bottom image and the skips, top level first."""
