@@ -35,7 +35,7 @@ from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
 from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
 from rvc_mlx.pitch import PitchSettings
-from rvc_mlx.spectral import HOP_LENGTH
+from rvc_mlx.spectral import HOP_LENGTH, log_mel
 
 Engine = MLXEngine | OpenVINOEngine
 Network = TypeVar("Network", bound=nn.Module)
@@ -252,11 +252,13 @@ class PitchNet:
         config: its sizes.
         batch_frames: most frames of several chunks that go through it together.
         log_mel: its input, of samples and bands.
+        on_device: whether that is computed where the network is.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine):
         self.path = checkpoint.path
         self.log_mel = engine.log_mel
+        self.on_device = engine.log_mel is not log_mel
         self._tensors = rmvpe.sanitize(checkpoint.tensors)
         self.config = RMVPEConfig.from_tensors(self._tensors)
         # The decoder's first join: an image of two halves.

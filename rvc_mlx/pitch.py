@@ -5,6 +5,7 @@ F0 is in Hz at 100 frames per second, 0 where unvoiced.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,7 +150,16 @@ def estimate_all(
     signals: Sequence[Signal],
     settings: PitchSettings,
 ) -> list[np.ndarray]:
-    """F0 of signals of any length, in chunks with context.
+    """F0 ``[length // 160 + 1]`` float64 in Hz of each signal; see ``begin_all``."""
+    return begin_all(salience, signals, settings)()
+
+
+def begin_all(
+    salience: Callable[[Array], Array],
+    signals: Sequence[Signal],
+    settings: PitchSettings,
+) -> Callable[[], list[np.ndarray]]:
+    """Begin to find the F0 of signals of any length, in chunks with context.
 
     Up to ``chunk_frames`` the network sees a signal whole. Beyond, neighbouring chunks
     overlap and only their inner parts are kept::
@@ -164,7 +174,7 @@ def estimate_all(
         settings: how.
 
     Returns:
-        ``[length // 160 + 1]`` float64 in Hz of each signal.
+        What waits for the F0 of all of them, ``[length // 160 + 1]`` float64 in Hz each.
     """
     curves = [np.zeros(signal.length // HOP_LENGTH + 1) for signal in signals]
     chunks = [
@@ -189,13 +199,19 @@ def estimate_all(
             mels = together([mel[None] for _, mel in group])
             yield [chunk for chunk, _ in group], salience(mels)
 
-    for group, found in one_ahead(begun()):
-        B, T, bins = found.shape
-        decoded = decode_salience(found.reshape(B * T, bins), settings.threshold)
-        for chunk, f0 in zip(group, decoded.reshape(B, T), strict=True):
-            inner = f0[chunk.kept - chunk.start : chunk.until - chunk.start]
-            curves[chunk.number][chunk.kept : chunk.until] = inner
-    return curves
+    groups = one_ahead(begun())
+    first = next(groups, None)
+
+    def finish() -> list[np.ndarray]:
+        for group, found in itertools.chain([first] if first else [], groups):
+            B, T, bins = found.shape
+            decoded = decode_salience(found.reshape(B * T, bins), settings.threshold)
+            for chunk, f0 in zip(group, decoded.reshape(B, T), strict=True):
+                inner = f0[chunk.kept - chunk.start : chunk.until - chunk.start]
+                curves[chunk.number][chunk.kept : chunk.until] = inner
+        return curves
+
+    return finish
 
 
 def _plan_chunks(number: int, total: int, settings: PitchSettings) -> Iterator[_Chunk]:

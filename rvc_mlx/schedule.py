@@ -96,9 +96,15 @@ def _wave(
     """The windows of prepared recordings, begun one after the other."""
     options = jobs[0].options
     encoded = one_ahead(_encoded(nets, jobs, most, report))
-    first = next(encoded)  # a device computes it beside the host's part of F0
+    # What the host does for F0 is done beside the encoder; if it does nothing, the device
+    # ends the F0, which is waited for, beside the launches of the encoder.
+    f0_first = nets.pitch_net is not None and nets.pitch_net.on_device
+    first = None if f0_first else next(encoded)
     with report.stage("pitch"):
-        _find_f0(nets, jobs, options)
+        find_f0 = _begin_f0(nets, jobs, options)
+    first = first or next(encoded)
+    with report.stage("pitch"):
+        find_f0()
     for parts, raw in itertools.chain([first], encoded):
         pieces = [job.piece(segment) for job, segment in parts]
         with report.stage("index"):
@@ -126,22 +132,28 @@ def _encoded(
         yield batch, features
 
 
-def _find_f0(nets: Nets, jobs: Sequence[Job], options: ConversionOptions) -> None:
-    """Give each job its F0, where the voice takes one."""
+def _begin_f0(
+    nets: Nets, jobs: Sequence[Job], options: ConversionOptions
+) -> Callable[[], None]:
+    """Begin to find F0; what waits for it and gives each job its own."""
     net = nets.pitch_net
     if net is None:
-        return
+        return lambda: None
     settings = net.settings(
         threshold=options.f0_threshold, mel_padding=options.mel_padding
     )
     asked = [job for job in jobs if job.given_f0 is None]
     signals = [job.signal() for job in asked]
-    found = pitch.estimate_all(net.salience.start, signals, settings)
-    for job, f0 in zip(asked, found, strict=True):
-        job.take_f0(f0)
-    for job in jobs:
-        if job.given_f0 is not None:
-            job.take_f0(job.given_f0)
+    found = pitch.begin_all(net.salience.start, signals, settings)
+
+    def finish() -> None:
+        for job, f0 in zip(asked, found(), strict=True):
+            job.take_f0(f0)
+        for job in jobs:
+            if job.given_f0 is not None:
+                job.take_f0(job.given_f0)
+
+    return finish
 
 
 def _features(

@@ -1,5 +1,7 @@
 """Recordings that go through the networks together are what each is alone."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -128,6 +130,29 @@ def test_an_index_is_searched_on_the_device_as_on_the_host(
     for ours, theirs in zip(found, expected, strict=True):
         assert np.abs(ours.audio - theirs.audio).max() <= 1e-4
     assert np.abs(found[0].audio - without.audio).max() > 1e-2
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_host_never_waits_for_what_it_could_launch_beside(
+    small_models, clips, on_device
+):
+    converter = batching_converter(small_models, 1 << 30)
+    expected = converter.convert(clips[0], 16000, ConversionOptions(**OPTIONS)).audio
+    net, version = converter.pitch_net, converter.voice.config.version
+    net.on_device, launched = on_device, []
+    for name, seam in (
+        ("encode", converter.encoder._run(version)),
+        ("salience", net.salience),
+    ):
+        run = seam.run.start
+        seam.run = SimpleNamespace(
+            start=lambda *given, name=name, run=run: (
+                launched.append(name) or run(*given)
+            )
+        )
+    found = converter.convert(clips[0], 16000, ConversionOptions(**OPTIONS)).audio
+    assert launched == (["salience", "encode"] if on_device else ["encode", "salience"])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_an_empty_index_is_refused(small_models, clips, tmp_path):
