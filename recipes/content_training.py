@@ -2,7 +2,9 @@
 
 Three losses on the narrow features: cross entropy of the phones through one linear
 layer; two views of a clip in different throats and rooms must give the same features;
-a classifier of the speaker, through a gradient reversal, must fail.
+a classifier of the speaker, through a gradient reversal, must fail. With parallel speech
+(``parallel``) the second view is of another speaker, and what the target voice sounds like
+at that moment must follow from the features.
 """
 
 from __future__ import annotations
@@ -19,6 +21,14 @@ from recipes.corpus import Shard
 from recipes.draws import CONTENT, Draws, Strength, draw
 from recipes.front_end import quicken
 from recipes.optimisation import Batch, HostBatch, Losses
+from recipes.parallel import (
+    PER_FRAME,
+    SPECTRUM_HOP,
+    Mouth,
+    Pair,
+    spectra_at,
+    spectral_distance,
+)
 from recipes.phones import PHONES, UNKNOWN, frame_labels
 from recipes.running import on_device, random_key
 from rvc_mlx.models.contentvec import (
@@ -46,13 +56,15 @@ CONFIG = ContentVecConfig(
 class ContentTrainer(nn.Module):
     """The encoder, and what is only there to train it."""
 
-    def __init__(self, config: ContentVecConfig, speakers: int):
+    def __init__(self, config: ContentVecConfig, speakers: int, voices: int = 0):
         super().__init__()
         width = config.bottleneck_size
         self.encoder = ContentVec(config)
         quicken(self.encoder)
         self.head = nn.Linear(width, len(PHONES))
         self.adversary = [nn.Linear(2 * width, 256), nn.Linear(256, speakers)]
+        if voices:
+            self.mouth = Mouth(width, voices)
 
     def speaker_logits(self, features: mx.array, strength: mx.array) -> mx.array:
         """Speaker ``[B, speakers]`` from mean and spread over time, gradient reversed."""
@@ -70,15 +82,20 @@ class ContentWeights:
     Attributes:
         pair: difference of the two views' features.
         speaker: strength of the reversed gradient.
+        spectra: difference of the target voices' spectra, of parallel speech.
     """
 
     pair: float = 1.0
     speaker: float = 0.3
+    spectra: float = 2.0
 
 
 def frame_centres(frames: int) -> np.ndarray:
     """Sample at the centre of each frame's receptive field."""
     return np.arange(frames) * HOP_LENGTH + (RECEPTIVE_FIELD - 1) / 2
+
+
+_PARALLEL = ("voice", "spectra_a", "spectra_b", "within_a", "within_b")
 
 
 class ContentBatches:
@@ -90,6 +107,10 @@ class ContentBatches:
         frames: of each view, 50 per second.
         seed: of everything.
         strength: of the augmentation.
+        pairs: parallel speech: half of each batch, its last clips, if there is any.
+
+    Raises:
+        ValueError: a batch of one clip has no half.
     """
 
     def __init__(
@@ -99,7 +120,13 @@ class ContentBatches:
         frames: int,
         seed: int,
         strength: Strength = CONTENT,
+        pairs: Sequence[Pair] = (),
     ):
+        if pairs and batch_size < 2:
+            raise ValueError(
+                f"--batch {batch_size} with --parallel; expected 2 or more: half of a "
+                "batch is parallel speech"
+            )
         self.speakers = sorted({shard.speaker for shard in shards})
         self._shards = list(shards)
         lengths = np.array([len(shard.samples) for shard in shards], np.float64)
@@ -108,40 +135,82 @@ class ContentBatches:
         self._size, self._frames, self._seed = batch_size, frames, seed
         self._length = (frames - 1) * HOP_LENGTH + RECEPTIVE_FIELD
         self._strength = strength
+        self._pairs = list(pairs)
+        self._paired = batch_size // 2 if pairs else 0  # clips of a batch
 
     def __call__(self, step: int) -> HostBatch:
         """The batch of a step: per view a and b its audio, labels and its partner frame."""
         rng = np.random.default_rng([self._seed, step])
         B, L = self._size, self._length
         span = source_length(L)
-        chosen = rng.choice(len(self._shards), B, p=self._odds)
+        chosen = rng.choice(len(self._shards), B - self._paired, p=self._odds)
+        clips = {"a": [self._shards[i] for i in chosen]}
+        clips["b"] = list(clips["a"])
         starts = [
-            int(rng.integers(0, max(len(self._shards[i].samples) - span, 1)))
-            for i in chosen
+            int(rng.integers(0, max(len(shard.samples) - span, 1)))
+            for shard in clips["a"]
         ]
-        source = np.zeros((B, span), np.int16)
-        for row, i, start in zip(source, chosen, starts, strict=True):
-            part = self._shards[i].samples[start : start + span]
-            row[: len(part)] = part
+        pairs: list[Pair] = []
+        if self._paired:
+            numbers = rng.integers(len(self._pairs), size=self._paired)
+            pairs = [self._pairs[i] for i in numbers]
+            clips["a"] += [pair.stranger for pair in pairs]
+            clips["b"] += [pair.target for pair in pairs]
+            starts += [
+                int(rng.integers(0, max(len(pair.target.samples) - L, 1)))
+                for pair in pairs
+            ]
         views = [draw(rng, B, L, self._strength) for _ in range(2)]
-        batch = {"source": source}
+        batch: HostBatch = {}
         for name, view, other in zip("ab", views, views[::-1], strict=True):
+            batch[f"source_{name}"] = np.stack(
+                [
+                    _part(shard.samples, start, span)
+                    for shard, start in zip(clips[name], starts, strict=True)
+                ]
+            )
             batch |= {f"{name}.{k}": v for k, v in view.arrays().items()}
+            firsts = [start + FIRST_SAMPLE for start in starts]
             labels = [
-                self._labels(self._shards[i], start + FIRST_SAMPLE, rate)
-                for i, start, rate in zip(chosen, starts, view.rate, strict=True)
+                self._labels(shard, first, rate)
+                for shard, first, rate in zip(
+                    clips[name], firsts, view.rate, strict=True
+                )
             ]
             batch[f"labels_{name}"] = np.stack(labels).astype(np.int32)
             batch[f"key_{name}"] = random_key(rng)
             if name == "a":
                 batch["partner"] = self.partners(view, other)
+            if pairs:
+                found = [
+                    self._spectra(pair, first, rate)
+                    for pair, first, rate in zip(
+                        pairs,
+                        firsts[-len(pairs) :],
+                        view.rate[-len(pairs) :],
+                        strict=True,
+                    )
+                ]
+                batch[f"spectra_{name}"] = np.stack([spectra for spectra, _ in found])
+                batch[f"within_{name}"] = np.stack([within for _, within in found])
+        # A stranger is nobody in particular.
         speaker = [self.speakers.index(self._shards[i].speaker) for i in chosen]
-        batch["speaker"] = np.array(speaker, np.int32)
+        batch["speaker"] = np.array(speaker + [-1] * len(pairs), np.int32)
+        if pairs:
+            batch["voice"] = np.array([pair.voice for pair in pairs], np.int32)
         return batch
 
     def _labels(self, shard: Shard, first: float, rate: float) -> np.ndarray:
         times = first + rate * frame_centres(self._frames)
         return frame_labels(shard.classes, shard.ends, times)
+
+    def _spectra(
+        self, pair: Pair, first: float, rate: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        centres = frame_centres(self._frames)
+        hops = np.arange(PER_FRAME) - (PER_FRAME - 1) / 2
+        moments = (centres[:, None] + SPECTRUM_HOP * hops).ravel()
+        return spectra_at(pair, first + rate * moments)
 
     def partners(self, a: Draws, b: Draws) -> np.ndarray:
         """Where in view b each frame of view a is heard.
@@ -156,11 +225,17 @@ class ContentBatches:
         return np.where(heard, places, -1).astype(np.float32)
 
 
+def _part(samples: np.ndarray, start: int, length: int) -> np.ndarray:
+    """``[length]`` samples from ``start`` on, zeros beyond the end."""
+    part = samples[start : start + length]
+    return np.pad(part, (0, length - len(part)))
+
+
 def views(batch: Batch, L: int) -> mx.array:
     """Both views of a batch, ``[2 B, L]``, the first ones first."""
     made = []
-    source = batch["source"].astype(mx.float32) / 32768
     for name in "ab":
+        source = batch[f"source_{name}"].astype(mx.float32) / 32768
         draws = {k[2:]: v for k, v in batch.items() if k.startswith(f"{name}.")}
         made.append(augment(source, draws, L, batch[f"key_{name}"]))
     return mx.concatenate(made)
@@ -175,6 +250,7 @@ def prepare(host: HostBatch, frames: int) -> Batch:
         "labels": mx.concatenate([batch["labels_a"], batch["labels_b"]]),
         "partner": batch["partner"],
         "speaker": batch["speaker"],
+        **{name: batch[name] for name in _PARALLEL if name in batch},
     }
 
 
@@ -184,33 +260,47 @@ def content_loss(weights: ContentWeights):
     def loss(net: nn.Module, batch: Batch, progress: mx.array) -> Losses:
         dtype = net.head.weight.dtype
         features = net.encoder(batch["audio"].astype(dtype))
-        entropy, right = _phone_loss(net.head(features), batch["labels"])
+        entropy, right = _class_loss(net.head(features), batch["labels"], UNKNOWN)
         features = features.astype(mx.float32)
         a, b = mx.split(features, 2)
         pair = pair_distance(a, b, batch["partner"])
         strength = mx.minimum(1.0, 5 * progress).astype(dtype)
         logits = net.speaker_logits(features.astype(dtype), strength)
         speaker = mx.concatenate([batch["speaker"]] * 2)
-        adversary = nn.losses.cross_entropy(
-            logits.astype(mx.float32), speaker, reduction="mean"
-        )
+        adversary, named = _class_loss(logits, speaker, -1)
         total = entropy + weights.pair * pair + weights.speaker * adversary
-        named = (logits.argmax(axis=-1) == speaker).mean()
-        return {
-            "total": total,
+        losses = {
             "phones": entropy,
             "right": right,
             "pair": pair,
             "speaker": adversary,
             "named": named,
         }
+        if "voice" in batch:
+            spoken = [
+                net.mouth(view[-len(batch["voice"]) :].astype(dtype)) for view in (a, b)
+            ]
+            losses["spectra"], losses["own"] = (
+                spectral_distance(
+                    mouth,
+                    batch["voice"],
+                    batch[f"spectra_{name}"],
+                    batch[f"within_{name}"],
+                )
+                for name, mouth in zip("ab", spoken, strict=True)
+            )
+            total = total + weights.spectra / 2 * (losses["spectra"] + losses["own"])
+        return {"total": total, **losses}
 
     return loss
 
 
-def _phone_loss(logits: mx.array, labels: mx.array) -> tuple[mx.array, mx.array]:
-    known = (labels != UNKNOWN).astype(mx.float32)
-    labels = mx.where(labels == UNKNOWN, 0, labels)
+def _class_loss(
+    logits: mx.array, labels: mx.array, unknown: int
+) -> tuple[mx.array, mx.array]:
+    """Cross entropy and share of right answers, where the class is known."""
+    known = (labels != unknown).astype(mx.float32)
+    labels = mx.where(labels == unknown, 0, labels)
     entropy = nn.losses.cross_entropy(logits.astype(mx.float32), labels)
     right = (logits.argmax(axis=-1) == labels) * known
     count = mx.maximum(known.sum(), 1)

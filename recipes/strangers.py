@@ -69,7 +69,7 @@ def add_strangers(
     made_with = [read_json(one.parent / PROVENANCE) for one in strangers]
     told = read_json(folder / PLAN)["recordings"]
     sources = {recording["name"]: Path(recording["source"]) for recording in told}
-    others = {source: _stranger_of(source, strangers) for source in sources.values()}
+    others = {source: stranger_of(source, strangers) for source in sources.values()}
     if not any(others.values()):
         raise FileNotFoundError(
             f"{folder}: no dubbed recordings; recipes.dub makes them"
@@ -105,7 +105,7 @@ def add_strangers(
     return found
 
 
-def _stranger_of(recording: Path, strangers: Sequence[Path]) -> Path | None:
+def stranger_of(recording: Path, strangers: Sequence[Path]) -> Path | None:
     """What a dubbed recording was put in time with; None for one as it was made."""
     said, _, number = recording.stem.rpartition("-")
     if not (said.isdigit() and number.isdigit()):

@@ -25,6 +25,7 @@ from recipes.content_training import (
 )
 from recipes.exporting import corpus_facts, export, start_from
 from recipes.optimisation import Batch, Training
+from recipes.parallel import read_pairs
 from recipes.running import Watch, prefetch, run, write_history
 from rvc_mlx.models.contentvec import ContentVecConfig
 from rvc_mlx.training.distributed import Group, connect
@@ -61,6 +62,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--pair", type=float, default=ContentWeights.pair)
     parser.add_argument("--speaker", type=float, default=ContentWeights.speaker)
+    parser.add_argument("--spectra", type=float, default=ContentWeights.spectra)
+    parser.add_argument(
+        "--parallel",
+        type=Path,
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="of recipes.dub, and the strangers it was given; once for each voice",
+    )
     parser.add_argument("--precision", choices=("bf16", "f32"), default="bf16")
     parser.add_argument("--config", type=json.loads, default={}, help="JSON of sizes")
     options = parser.parse_args(arguments)
@@ -68,17 +79,20 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     shards = cli.read_corpus(options.corpus, options.leave_out)
     shards = [shard for shard in shards if len(shard.classes)]
-    batches = ContentBatches(shards, options.batch, options.frames, options.seed)
+    pairs = read_pairs(options.parallel)
+    batches = ContentBatches(
+        shards, options.batch, options.frames, options.seed, pairs=pairs
+    )
     config = ContentVecConfig(**{**vars(CONFIG), **options.config})
     mx.random.seed(options.seed)
-    network = ContentTrainer(config, len(batches.speakers))
+    network = ContentTrainer(config, len(batches.speakers), len(options.parallel))
     if options.start:
         start_from(options.start, network.encoder, "contentvec")
         head = mx.load(str(options.start.with_suffix(".head.safetensors")))
         network.head.load_weights(list(head.items()))
     training = Training(
         network,
-        content_loss(ContentWeights(options.pair, options.speaker)),
+        content_loss(ContentWeights(options.pair, options.speaker, options.spectra)),
         cli.schedule(options, options.learning_rate),
         mx.bfloat16 if options.precision == "bf16" else mx.float32,
         compiled=options.compile,
@@ -92,8 +106,11 @@ def main(arguments: list[str] | None = None) -> None:
     history = run(training, made, watch)
     if training.rank != 0:
         return
-    facts = corpus_facts(options.corpus, batches.speakers)
+    strangers = [folder.parent for _, *others in options.parallel for folder in others]
+    facts = corpus_facts([*options.corpus, *strangers], batches.speakers)
     facts["seed"] = str(options.seed)
+    if pairs:
+        facts["parallel"] = " ".join(folder.name for folder, *_ in options.parallel)
     facts |= cli.start_facts(options)
     write_history(options.work / "content.jsonl", history, facts)
     if options.export:

@@ -31,6 +31,7 @@ from recipes import (
     evaluate_pitch,
     make_strangers,
     optimisation,
+    parallel,
     phones,
     repeating,
     speakers,
@@ -376,7 +377,11 @@ def test_labels_follow_the_warp_exactly():
         labels = np.array(batch[f"labels_{view}"])
         L = (40 - 1) * 320 + 400
         heard = np.array(
-            resample(mx.array(batch["source"] / np.float32(32768)), mx.array(rate), L)
+            resample(
+                mx.array(batch[f"source_{view}"] / np.float32(32768)),
+                mx.array(rate),
+                L,
+            )
         )
         for row in range(3):
             for frame, label in enumerate(labels[row]):
@@ -412,7 +417,116 @@ def test_a_batch_depends_on_seed_and_step_only():
     again = ContentBatches(shards, 2, 20, seed=1)(7)
     other = ContentBatches(shards, 2, 20, seed=1)(8)
     assert all(np.array_equal(first[k], again[k]) for k in first)
-    assert not np.array_equal(first["source"], other["source"])
+    assert not np.array_equal(first["source_a"], other["source_a"])
+
+
+def parallel_folders(folder):
+    """Two sentences and what strangers say, an octave higher and at the same moments."""
+    dubbed, strangers_of = folder / "slt", folder / "strangers" / "slt"
+    for path in (dubbed, strangers_of):
+        path.mkdir(parents=True)
+    t = np.arange(4 * RATE) / RATE
+    for number, low in ((0, 300), (1, 500), (39, 400)):
+        tone = 0.3 * np.sin(2 * np.pi * low * t) * (t % 1 < 0.5)
+        other = 0.3 * np.sin(4 * np.pi * low * t) * (t % 1 < 0.5)
+        sf.write(dubbed / f"{number:04d}.flac", tone, RATE)
+        sf.write(dubbed / f"{number:04d}-0.ogg", tone, RATE)
+        sf.write(strangers_of / f"{number:04d}.ogg", other, RATE)
+    return [dubbed, strangers_of]
+
+
+def test_pairs_are_a_stranger_and_the_target_in_his_time(tmp_path):
+    folders = parallel_folders(tmp_path)
+    (folders[0] / "slt.txt").write_text("not a recording")
+    pairs = parallel.read_pairs([folders])
+    # Sentence 39 is kept for tests; the recordings themselves are pairs with themselves.
+    assert [pair.stranger.speaker for pair in pairs] == ["", "slt"] * 2
+    dubbed, own = pairs[:2]
+    assert np.array_equal(own.stranger.samples, own.target.samples)
+    peaks = [
+        np.abs(np.fft.rfft(clip.samples)).argmax() / 4
+        for clip in (dubbed.stranger, dubbed.target)
+    ]
+    assert peaks == [600, 300]
+    every = np.concatenate([pair.spectra for pair in pairs])
+    np.testing.assert_allclose(every.mean(axis=0), 0, atol=1e-3)
+    spread = every.std(axis=0)
+    raw = np.concatenate([parallel.cepstra(p.target.samples / 32768) for p in pairs])
+    np.testing.assert_allclose(
+        spread**2 / raw.std(axis=0), spread[0] ** 2 / raw[:, 0].std(), rtol=0.05
+    )
+    with pytest.raises(FileNotFoundError, match="no recordings; recipes"):
+        parallel.read_pairs([[tmp_path, tmp_path]])
+    with pytest.raises(ValueError, match="stranger 0, counted from 0, of 0"):
+        parallel.read_pairs([folders[:1]])
+
+
+def test_a_pairs_spectra_follow_the_warp(tmp_path):
+    """What the target sounds like at a view's frame is loud where the view is."""
+    pairs = parallel.read_pairs([parallel_folders(tmp_path)])
+    batches = ContentBatches([two_tones()], 4, 100, seed=3, pairs=pairs)
+    batch = batches(0)
+    L = (100 - 1) * 320 + 400
+    assert batch["speaker"].tolist() == [0, 0, -1, -1]
+    assert batch["voice"].tolist() == [0, 0]
+    assert (batch["labels_a"][2:] == phones.UNKNOWN).all()
+    for view in "ab":
+        source = batch[f"source_{view}"] / np.float32(32768)
+        heard = np.array(resample(mx.array(source), mx.array(batch[f"{view}.rate"]), L))
+        for row in range(2):
+            spectra, within = (
+                batch[f"{name}_{view}"][row] for name in ("spectra", "within")
+            )
+            assert spectra.shape == (200, parallel.CEPSTRA)
+            middles = 200 + 160 * np.arange(200) - 80
+            loud = np.abs(
+                heard[2 + row, np.maximum(middles[:, None] + np.arange(-60, 60), 0)]
+            )
+            loud = loud.max(axis=1) > 0.05
+            steady = np.convolve(loud, np.ones(7), "same") % 7 == 0
+            steady &= within > 0
+            steady[[*range(3), *range(-3, 0)]] = False
+            assert (within > 0).mean() > 0.6
+            assert np.array_equal(spectra[steady, 0] > 0, loud[steady])
+
+
+def test_the_mouth_is_judged_by_the_voice_that_speaks_within_the_clip(rng):
+    spectra = mx.array(rng.standard_normal((3, 8, parallel.CEPSTRA)), mx.float32)
+    wrong = mx.zeros_like(spectra) + 7
+    voice = mx.array([0, 1, 0])
+    spoken = mx.stack(
+        [
+            mx.stack([s, w] if v == 0 else [w, s])
+            for s, w, v in zip(spectra, wrong, [0, 1, 0], strict=True)
+        ]
+    )
+    within = mx.ones((3, 8))
+    assert parallel.spectral_distance(spoken, voice, spectra, within).item() == 0
+    spoken[0, 0, 4:] += 2
+    distance = parallel.spectral_distance(spoken, voice, spectra, within)
+    assert distance.item() == pytest.approx(2 * 4 / 24, rel=1e-5)
+    within[0, 4:] = 0
+    assert parallel.spectral_distance(spoken, voice, spectra, within).item() == 0
+    mouth = parallel.Mouth(5, 2)
+    assert mouth(mx.zeros((3, 4, 5))).shape == (3, 2, 8, parallel.CEPSTRA)
+
+
+def test_parallel_speech_teaches_the_targets_spectra(tmp_path):
+    pairs = parallel.read_pairs([parallel_folders(tmp_path)])
+    batches = ContentBatches([two_tones()], 2, 25, seed=0, pairs=pairs)
+    mx.random.seed(0)
+    training = Training(
+        ContentTrainer(TINY_CONTENT, 1, 1),
+        content_loss(ContentWeights()),
+        Schedule(5e-3, 48),
+        compiled="no",
+    )
+    made = itertools.repeat(prepare_content(batches(0), 25))
+    history = run(training, made, Watch(tmp_path / "c.safetensors", log_every=8))
+    for name in ("spectra", "own"):
+        assert history[-1][name] < 0.6 * history[0][name]
+    with pytest.raises(ValueError, match="--batch 1 with --parallel; expected 2"):
+        ContentBatches([two_tones()], 1, 25, seed=0, pairs=pairs)
 
 
 def test_the_pair_distance_is_0_for_equal_and_1_for_unrelated_views(rng):
@@ -960,6 +1074,16 @@ def test_the_content_command_trains_resumes_and_exports(tmp_path):
     assert started_from(again, "contentvec").startswith(f"{out.name} (sha256 ")
     heads = [path.with_suffix(".head.safetensors") for path in (out, again)]
     assert heads[0].read_bytes() == heads[1].read_bytes()
+    folders = parallel_folders(tmp_path)
+    made_with = {"packages": {"kokoro-js": "1.2.1"}}
+    (tmp_path / "strangers" / "provenance.json").write_text(json.dumps(made_with))
+    command[2], command[4] = str(tmp_path / "third"), "2"
+    more = ["--parallel", *map(str, folders), "--steps", "1", "--export", str(again)]
+    train_content.main([*command, *more])
+    told = read_weights(again, "contentvec")
+    assert told.metadata["parallel"] == "slt"
+    assert "kokoro-js=1.2.1" in told.metadata["packages"]
+    assert not any("mouth" in name for name in told.tensors)
 
 
 def started_from(path, kind):
