@@ -7,6 +7,7 @@ audio costs no more memory than a minute. Loudness is in ``loudness``, files are
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import soxr
@@ -18,7 +19,7 @@ SAMPLE_RATE = 16000  # Hz: what the content encoder and the pitch nets hear
 HIGH_PASS_ORDER, HIGH_PASS_HZ = 5, 48.0
 # Samples after which the filter's start is forgotten, to 1e-15; on both sides of a block
 # they make a length that is quick to transform.
-_SETTLED = 8192
+SETTLED = 8192
 _QUALITY = "VHQ"
 
 
@@ -61,8 +62,12 @@ def resample_blocks(
 
 
 @cache
-def _high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Return b, a, the steady state of the filter for a unit step, and its padding."""
+def high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Return b, a, the steady state of the filter for a unit step, and its padding.
+
+    Returns:
+        ``[6]``, ``[6]`` with a[0] = 1, and ``[5]`` float64; samples.
+    """
     from scipy import signal  # takes a second to import, and only filtering needs it
 
     b, a = signal.butter(HIGH_PASS_ORDER, HIGH_PASS_HZ, "high", fs=SAMPLE_RATE)
@@ -101,13 +106,33 @@ def high_pass(x: np.ndarray) -> np.ndarray:
     Source:
         RVC, ``infer/modules/vc/pipeline.py``: ``signal.filtfilt(bh, ah, audio)``.
     """
-    b, a, _, padding = _high_pass_design()
+    b, a, *_ = high_pass_design()
     x = np.asarray(x, np.float64)
-    if not len(x):
-        raise ValueError("there is no audio to filter: the recording is empty")
+    edge = edge_samples(len(x))
     from scipy import signal
 
-    return signal.filtfilt(b, a, x, padlen=min(padding, len(x) - 1))
+    return signal.filtfilt(b, a, x, padlen=edge)
+
+
+def edge_samples(count: int) -> int:
+    """Return by how many samples ``high_pass`` extends both ends of a recording.
+
+    Args:
+        count: samples of the recording.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if count == 0:
+        raise ValueError("there is no audio to filter: the recording is empty")
+    return min(high_pass_design()[-1], count - 1)
+
+
+class HighPass(Protocol):
+    """What filters a recording: ``high_pass_spool``, or as it does on a device."""
+
+    def __call__(self, source: Spool, *, gain: float = 1.0) -> Spool:
+        """See ``high_pass_spool``."""
 
 
 def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> Spool:
@@ -136,23 +161,23 @@ def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> S
     """
     from scipy import fft, signal
 
-    b, a, steady, padding = _high_pass_design()
+    b, a, steady, _ = high_pass_design()
     count = len(source)
-    if count == 0:
-        raise ValueError("there is no audio to filter: the recording is empty")
-    edge = min(padding, count - 1)
+    edge = edge_samples(count)
 
     def run(x: np.ndarray) -> np.ndarray:
         return signal.lfilter(b, a, x, zi=steady * x[0])[0]
 
     def filtered(start: int) -> np.ndarray:
         stop = min(start + block, count)
-        if start >= _SETTLED and start + block + _SETTLED <= count:
-            x = source.read(start - _SETTLED, stop + _SETTLED).astype(np.float64)
+        if start >= SETTLED and start + block + SETTLED <= count:
+            x = source.read(start - SETTLED, stop + SETTLED).astype(np.float64)
             y = fft.irfft(_high_pass_power(len(x)) * fft.rfft(gain * x), len(x))
-            return y[_SETTLED : _SETTLED + block]
-        low = max(start - _SETTLED, -edge)
-        x = _odd_extended(source, low, min(stop + _SETTLED, count + edge), edge)
+            return y[SETTLED : SETTLED + block]
+        low = max(start - SETTLED, -edge)
+        x = np.concatenate(
+            odd_extended(source, low, min(stop + SETTLED, count + edge)), dtype=float
+        )
         forwards = run(gain * x)[start - low :]
         return run(forwards[::-1])[::-1][: stop - start]
 
@@ -166,14 +191,25 @@ def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> S
     return result
 
 
-def _odd_extended(source: Spool, start: int, stop: int, edge: int) -> np.ndarray:
-    """Samples in float64, where ``edge`` of them are point-mirrored at both ends."""
+def odd_extended(source: Spool, start: int, stop: int) -> list[np.ndarray]:
+    """Return samples around which ``edge_samples`` are point-mirrored at both ends.
+
+    Args:
+        source: a recording of ``count`` samples.
+        start: the first, from ``-edge`` on.
+        stop: the end, up to ``count + edge``.
+
+    Returns:
+        What comes before the recording, float64; what lies in it, as it is stored; what
+        comes after it, float64. Together ``stop - start`` samples.
+    """
     count = len(source)
-    parts = [source.read(max(start, 0), min(stop, count)).astype(np.float64)]
+    edge = edge_samples(count)
+    before = after = np.empty(0)
     if start < 0:
         head = source.read(0, edge + 1).astype(np.float64)
-        parts.insert(0, (2 * head[0] - head[:0:-1])[edge + start :])
+        before = (2 * head[0] - head[:0:-1])[edge + start :]
     if stop > count:
         tail = source.read(count - edge - 1, count).astype(np.float64)
-        parts.append((2 * tail[-1] - tail[-2::-1])[: stop - count])
-    return np.concatenate(parts)
+        after = (2 * tail[-1] - tail[-2::-1])[: stop - count]
+    return [before, source.read(max(start, 0), min(stop, count)), after]

@@ -26,6 +26,8 @@ import numpy as np
 
 from rvc_mlx import fused_encoder, fused_prior, fused_unet
 from rvc_mlx.arrays import Array, to_host
+from rvc_mlx.audio import HighPass, high_pass_spool
+from rvc_mlx.device_high_pass import device_high_pass
 from rvc_mlx.device_index import DeviceIndex
 from rvc_mlx.device_mel import device_log_mel
 from rvc_mlx.feature_index import Index
@@ -38,6 +40,7 @@ from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.noise import DeviceNoise, Noise
 from rvc_mlx.retrieval import Blend, blending
 from rvc_mlx.spectral import LogMel, log_mel
+from rvc_mlx.spool import Spool
 
 log = logging.getLogger("rvc_mlx")
 
@@ -105,6 +108,7 @@ class MLXEngine:
             together, all arrays of a network take several times as much; 0 where one
             input keeps the device busy.
         log_mel: see ``spectral.log_mel``; on a GPU where products may be short of float32.
+        high_pass: see ``audio.high_pass_spool``; with CUDA on the GPU.
     """
 
     window_frames = 3072
@@ -118,6 +122,10 @@ class MLXEngine:
         self.log_mel: LogMel = (
             self._log_mel if on_gpu and self._fast_products else log_mel
         )
+        on_cuda = on_gpu and mx.cuda.is_available()
+        self.high_pass: HighPass = self._high_pass if on_cuda else high_pass_spool
+        # A thread has a stream of its own: what it does waits for no network.
+        self._aside = ThreadPoolExecutor(1)
         self.precision = precision
         self.device = describe_device(device)
         memory = _gpu_memory(device)
@@ -160,6 +168,13 @@ class MLXEngine:
     def _log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
         with mx.stream(self._device):
             return device_log_mel(samples, n_mels)
+
+    def _high_pass(self, source: Spool, *, gain: float = 1.0) -> Spool:
+        def filtered() -> Spool:
+            with mx.stream(self._device):
+                return device_high_pass(source, gain=gain)
+
+        return self._aside.submit(filtered).result()
 
     def _prepared(self, step: Step) -> Step:
         """The step as this device does it best."""
@@ -233,11 +248,13 @@ class OpenVINOEngine:
         window_step: windows are a multiple of it, up to that.
         batch_bytes: 0, networks are compiled for one input at a time.
         log_mel: ``spectral.log_mel``.
+        high_pass: ``audio.high_pass_spool``.
     """
 
     window_frames = window_step = 128  # one length, for which the vocoder is compiled
     batch_bytes = 0
     log_mel = staticmethod(log_mel)
+    high_pass = staticmethod(high_pass_spool)
 
     def __init__(self, precision: str, cache: Path | None):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_PRIMITIVES)

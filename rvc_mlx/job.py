@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.audio import SAMPLE_RATE, high_pass_spool, resample_blocks
+from rvc_mlx.audio import SAMPLE_RATE, HighPass, high_pass_spool, resample_blocks
 from rvc_mlx.decoding import Piece
 from rvc_mlx.loading import Encoder, PitchNet, Voice
 from rvc_mlx.loudness import (
@@ -40,6 +40,7 @@ class Nets:
     Attributes:
         blend: retrieval, None without an index.
         noise: a seed to its random numbers.
+        high_pass: what takes away the lowest sounds before the networks hear a recording.
     """
 
     voice: Voice
@@ -47,6 +48,7 @@ class Nets:
     pitch_net: PitchNet | None
     blend: Blend | None
     noise: Callable[[int], Noise] = Noise
+    high_pass: HighPass = high_pass_spool
 
 
 class Job:
@@ -85,6 +87,7 @@ class Job:
         self.source = source
         self.length = len(source) + 2 * self._pad * FRAME
         self.noise = noise or nets.noise(options.seed)
+        self._high_pass = nets.high_pass
         self.given_f0 = f0
         self.output_rate = options.output_rate or voice.config.sample_rate
         self.target = round(source_frames * self.output_rate / source_rate)
@@ -110,7 +113,7 @@ class Job:
         """Filter the recording and plan its segments; see ``failure``."""
         try:
             gain = normalize_gain(peak(self.source.blocks()))
-            self._filtered = high_pass_spool(self.source, gain=gain)
+            self._filtered = self._high_pass(self.source, gain=gain)
             self.segments = plan_segments(self._filtered, self.options)
             if all(segment.last <= segment.first for segment in self.segments):
                 raise ValueError(

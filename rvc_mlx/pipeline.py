@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rvc_mlx.audio import SAMPLE_RATE, resample
+from rvc_mlx.audio import SAMPLE_RATE, high_pass_spool, resample
 from rvc_mlx.bundled_models import choose_voice
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.file_run import FileProgress, FileRun
@@ -93,6 +93,7 @@ class VoiceConverter:
         self.pitch_net = pitch_net if voice.config.f0 else None
         self.index = index
         self._noise = engine.noise if engine else Noise
+        self._high_pass = engine.high_pass if engine else high_pass_spool
         self._blend: Blend | None = None
         if index is not None:
             self._blend = (engine.blending if engine else blending)(index)
@@ -100,7 +101,14 @@ class VoiceConverter:
         self.precision = engine.precision if engine else ""
 
     def _nets(self) -> Nets:
-        return Nets(self.voice, self.encoder, self.pitch_net, self._blend, self._noise)
+        return Nets(
+            self.voice,
+            self.encoder,
+            self.pitch_net,
+            self._blend,
+            self._noise,
+            self._high_pass,
+        )
 
     @property
     def sample_rate(self) -> int:

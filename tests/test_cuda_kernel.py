@@ -4,7 +4,14 @@ import mlx.core as mx
 import pytest
 
 from recipes import augment
-from rvc_mlx import conv_kernel, cuda_kernel, fused_prior, fused_unet, gru_kernel
+from rvc_mlx import (
+    conv_kernel,
+    cuda_kernel,
+    device_high_pass,
+    fused_prior,
+    fused_unet,
+    gru_kernel,
+)
 from rvc_mlx.cuda_kernel import CudaKernel, Grid, compile_source
 from rvc_mlx.training import fused, weight_norm
 
@@ -43,6 +50,7 @@ def convolutions():
 
 def others():
     yield gru_kernel._CLUSTER_KERNEL, (F32,) * 3, (F32,), {}
+    yield device_high_pass._kernel(), (F32,) * 2, (F32,) * 2, {}
     yield weight_norm._FORWARD_KERNEL, (F32, INT), (F32,), {}
     yield weight_norm._BACK_KERNEL, (F32, F32, INT), (F32,), {}
     sizes = {"TAPS": 16, "FIRST": 16, "RATE_STEPS": 4096}

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+import threading
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from rvc_mlx import engine as module
+from rvc_mlx.audio import high_pass_spool
 from rvc_mlx.engine import (
     MLXEngine,
     OpenVINOEngine,
@@ -182,6 +184,41 @@ def test_float32_switches_tf32_off():
 def test_devices_are_described():
     assert describe_device(mx.Device(mx.cpu)).startswith("CPU (")
     assert choose_engine("mlx-cpu").device.endswith("MLX)")
+
+
+# High pass ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("device", [mx.cpu, mx.gpu])
+def test_only_cuda_filters_on_the_device(monkeypatch, device, cuda):
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(module, "describe_device", lambda device: f"a {device.type}")
+    monkeypatch.setattr(module, "_gpu_memory", lambda _: 0)
+    engine = MLXEngine(mx.Device(device), "f32")
+    on_device = cuda and device == mx.gpu
+    assert engine.high_pass == (engine._high_pass if on_device else high_pass_spool)
+    assert OpenVINOEngine.high_pass is high_pass_spool
+
+
+def test_recordings_are_filtered_on_one_thread_aside(monkeypatch):
+    """Each thread has a stream of its own: this one waits for no network."""
+    calls = []
+
+    def filtered(source, *, gain):
+        calls.append((source, gain, threading.current_thread()))
+        if gain == 2:
+            raise ValueError("the recording is empty")
+        return source
+
+    monkeypatch.setattr(module, "device_high_pass", filtered)
+    engine = MLXEngine(mx.Device(mx.cpu), "f32")
+    assert [engine._high_pass(n, gain=0.5) for n in (1, 2)] == [1, 2]
+    with pytest.raises(ValueError, match="empty"):
+        engine._high_pass(3, gain=2)
+    assert [call[:2] for call in calls] == [(1, 0.5), (2, 0.5), (3, 2)]
+    [thread] = {call[2] for call in calls}
+    assert thread is not threading.current_thread()
 
 
 # Running ------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ ORDER = [
         "models",
         "noise",
         "cuda_kernel",
+        "device_high_pass",
         "gru_kernel",
         "conv_kernel",
         "fused_blocks",

@@ -493,6 +493,26 @@ def test_estimate_is_what_injection_replaces(small_converter, speech):
     assert np.array_equal(small_converter.convert(speech, 16000, f0=f0).audio, expected)
 
 
+def test_a_recording_is_filtered_as_the_engine_does_it(
+    home, small_converter, monkeypatch, speech
+):
+    engine, gains = OpenVINOEngine("f32", home / "compiled"), []
+
+    def filtered(source, *, gain):
+        gains.append(gain)
+        return high_pass_spool(source, gain=gain)
+
+    monkeypatch.setattr(engine, "high_pass", filtered)
+    nets = (
+        getattr(small_converter, name) for name in ("voice", "encoder", "pitch_net")
+    )
+    converter = VoiceConverter(*nets, small_converter.index, engine)
+    loud = speech[:8000] / np.abs(speech[:8000]).max()
+    found = converter.convert(loud, 16000).audio
+    assert gains == [pytest.approx(0.95)]
+    assert np.array_equal(found, small_converter.convert(loud, 16000).audio)
+
+
 def test_fractional_padding_keeps_sound_and_pitch_together(small_converter, speech):
     """x_pad that is no multiple of a frame acts as the nearest one that is."""
     outputs = [
