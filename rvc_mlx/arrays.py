@@ -26,6 +26,21 @@ def to_host(x: Array) -> np.ndarray:
     return np.asarray(x)
 
 
+def steady_length(n: int, least: int, most: int) -> int:
+    """``n`` rounded up a little, so that lengths near one another share one length.
+
+    A library that plans each new shape anew, as cuDNN does for hundreds of milliseconds a
+    network, then meets eight lengths an octave.
+
+    Args:
+        n: 1 or more.
+        least: the result is a multiple of it; a power of two.
+        most: largest step between lengths; likewise.
+    """
+    step = min(max(1 << n.bit_length() - 4, least), most) if n >= 8 else least
+    return -(-n // step) * step
+
+
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:
     """The same items, each given once the next one is begun.
 

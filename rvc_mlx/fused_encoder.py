@@ -9,6 +9,9 @@ Three of them are worth it, for a recording of 30 seconds:
   sums and softmax stay float32. One product makes q, k and v: its launch is what it costs.
 * The positional convolution of 128 taps in 16 groups becomes one product a group, of
   windows that start every 8 frames.
+
+The other convolutions meet few lengths, because cuDNN plans each anew for each: they look
+ahead only, so that zeros behind the first one's frames make more frames, which go.
 """
 
 from __future__ import annotations
@@ -17,16 +20,17 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from rvc_mlx.arrays import steady_length
 from rvc_mlx.models.contentvec import ContentVec
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
+_LARGEST_STEP = 1 << 16  # frames of the first layer, 3200 a second, between lengths
 _STEP = 8  # frames from one window of the positional convolution to the next
 
 
 def quicken(encoder: ContentVec) -> None:
     """Let a loaded encoder compute this way from now on."""
-    layers = encoder.feature_extractor.conv_layers
-    layers[0] = NormedLayer(layers[0])
+    encoder.feature_extractor = SteadyExtractor(encoder.feature_extractor)
     encoder.encoder.pos_conv_embed = WindowedEmbedding(encoder.encoder.pos_conv_embed)
     for layer in encoder.encoder.layers:
         layer.attention = ShortAttention(layer.attention)
@@ -54,29 +58,40 @@ class ShortAttention(nn.Module):
         return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2).astype(x.dtype))
 
 
-class NormedLayer(nn.Module):
-    """A ``ConvLayer`` with a norm, through ``normed_convolution``."""
+class SteadyExtractor(nn.Module):
+    """``FeatureExtractor``, its first layer through ``normed_convolution``."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, extractor: nn.Module):
         super().__init__()
-        self.conv, self.layer_norm = layer.conv, layer.layer_norm
+        self.conv_layers = extractor.conv_layers
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, 1]`` to ``[B, L', C]``."""
-        whole = x.shape[1] // self.conv.stride * self.conv.stride
-        return nn.gelu(normed_convolution(x[:, :whole], self.conv, self.layer_norm))
+    def __call__(self, audio: mx.array) -> mx.array:
+        """``[B, L]`` to ``[B, F, C]``."""
+        first, *others = self.conv_layers
+        stride = first.conv.stride
+        frames = audio.shape[1] // stride - 1
+        x = audio[:, : (frames + 1) * stride, None]
+        steady = steady_length(frames, 64, _LARGEST_STEP)
+        x = nn.gelu(normed_convolution(x, first.conv, first.layer_norm, steady))
+        for layer in others:
+            frames = (frames - layer.conv.weight.shape[1]) // layer.conv.stride + 1
+            x = layer(x)
+        return x[:, :frames]
 
 
-def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.array:
+def normed_convolution(
+    audio: mx.array, conv: nn.Conv1d, norm: nn.Module, length: int = 0
+) -> mx.array:
     """``norm(conv(audio))``.
 
     Args:
         audio: ``[B, L, 1]``, L a multiple of the stride.
         conv: from one channel, its kernel two strides long.
         norm: ``TimeNorm``.
+        length: at least so many frames, zeros behind those of the audio.
 
     Returns:
-        ``[B, L', C]``.
+        ``[B, max(L', length), C]``.
 
     Raises:
         ValueError: the sizes are others.
@@ -100,6 +115,8 @@ def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.
     ones = mx.ones((B, windows.shape[1], 1), windows.dtype)
     zeros = mx.zeros((B, windows.shape[1], _COLUMNS - taps - 1), windows.dtype)
     windows = mx.concatenate([windows, ones, zeros], axis=-1)
+    behind = max(length - windows.shape[1], 0)
+    windows = mx.pad(windows, [(0, 0), (0, behind), (0, 0)])
     return windows @ mx.concatenate(rows, axis=1).astype(windows.dtype)
 
 

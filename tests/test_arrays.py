@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rvc_mlx.arrays import neighbours, one_ahead, together
+from rvc_mlx.arrays import neighbours, one_ahead, steady_length, together
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,13 @@ def test_arrays_are_joined_or_repeated(kind):
     assert np.array(together([x, y])).tolist() == [[1, 2], [3, 4]]
     assert np.array(together([x, x, x])).tolist() == [[1, 2]] * 3
     assert isinstance(together([x, y]), type(x))
+
+
+@pytest.mark.parametrize("least", [1, 32])
+def test_steady_lengths_are_few_and_little_longer(least):
+    found = [steady_length(n, least, 256) for n in range(1, 4097)]
+    for n, length in enumerate(found, 1):
+        assert n <= length < n + max(least, n / 8)
+        assert length % least == 0
+    assert len(set(found)) <= 8 * 12
+    assert steady_length(9600, 32, 256) == 9728

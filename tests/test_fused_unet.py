@@ -1,5 +1,7 @@
 """The pitch net as it is computed on CUDA equals the model."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -31,11 +33,13 @@ def network(dtype=mx.float32):
     return net
 
 
-def plain(x, bias, shortcut=None, offset=None):
+def plain(x, bias, shortcut=None, offset=None, own=None):
     """The kernel in plain operations."""
     y = mx.maximum(x.astype(mx.float32) + bias, 0)
     if shortcut is not None:
         y = y + shortcut.astype(mx.float32) + offset
+    if own is not None:
+        y[:, own:] = 0
     return y.astype(x.dtype)
 
 
@@ -50,6 +54,31 @@ def test_the_blocks_are_put_together_as_the_model_has_them(monkeypatch):
     assert {"FusedBlock", "Rectified"} <= kinds
     assert "ConvBlockRes" not in kinds
     np.testing.assert_allclose(net.image_features(mel), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [4, 132, 260, 276])
+def test_what_lies_behind_an_image_changes_nothing(monkeypatch, rows):
+    monkeypatch.setattr(fused_unet, "rectified", plain)
+    monkeypatch.setattr(fused_unet, "pooled", nn.AvgPool2d(2, stride=2))
+    net, mel = network(), 3 + mx.random.normal((2, rows, 16))
+    expected = net.image_features(mel)
+    fused_unet.quicken(net)
+    seen = set()
+    first = net.unet.encoder.layers[0].conv[0].first
+    layer = first.layer
+    first.layer = lambda x: seen.add(x.shape[1]) or layer(x)
+    found = net.image_features(mel)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert seen == {{4: 4, 132: 144, 260: 288, 276: 288}[rows]}
+
+
+def test_threads_do_not_mistake_anothers_image_for_their_own():
+    extent = fused_unet.Extent()
+    extent.own, extent.steady = 132, 144
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(extent.of, 72).result() == 72
+    assert extent.of(72) == 66
 
 
 def test_a_network_whose_norms_are_not_folded_stays_as_it_is():
@@ -72,6 +101,9 @@ def test_the_kernel_equals_plain_operations(dtype, beside):
     # Sums in another order; in half precision rounded once.
     tolerance = 1e-6 if dtype == mx.float32 else 1e-2
     expected = plain(x, bias, *more).astype(mx.float32)
+    assert mx.allclose(found.astype(mx.float32), expected, tolerance, tolerance)
+    found = fused_unet.rectified(x, bias, *(more or (None, None)), own=4)
+    expected[:, 4:] = 0
     assert mx.allclose(found.astype(mx.float32), expected, tolerance, tolerance)
 
 

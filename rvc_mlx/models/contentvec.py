@@ -256,7 +256,7 @@ class ContentVec(nn.Module):
     def __init__(self, config: ContentVecConfig):
         super().__init__()
         self.config = config
-        self.feature_extractor = FeatureExtractor(config)
+        self.feature_extractor: nn.Module = FeatureExtractor(config)
         self.feature_projection = FeatureProjection(config)
         self.encoder = Encoder(config)
         if config.final_proj_size:

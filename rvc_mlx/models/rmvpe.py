@@ -102,7 +102,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: RMVPEConfig):
         super().__init__()
-        self.bn = nn.BatchNorm(1)
+        self.bn: nn.Module = nn.BatchNorm(1)
         widths = [1, *(config.base_channels << i for i in range(config.levels))]
         self.layers = [
             ResEncoderBlock(a, b, config.blocks) for a, b in itertools.pairwise(widths)
@@ -282,7 +282,7 @@ class RMVPE(nn.Module):
         super().__init__()
         self.config = config
         self.unet = DeepUNet(config)
-        self.cnn = nn.Conv2d(config.base_channels, 3, 3, padding=1)
+        self.cnn: nn.Module = nn.Conv2d(config.base_channels, 3, 3, padding=1)
         self.fc = [
             BiGRU(3 * config.n_mels, config.gru_size),
             nn.Linear(2 * config.gru_size, config.bins),
