@@ -143,13 +143,15 @@ def device_high_pass(
 def _operands(source: Spool, start: int, stop: int) -> tuple[mx.array, mx.array]:
     """Samples of the extended recording as two float32 arrays, with room to read on."""
     before, inside, after = odd_extended(source, start, stop)
-    spare = np.zeros(-(stop - start) % _RUN + _BATCH)
-    x = np.concatenate([before, inside, after, spare], dtype=np.float32)
-    rest = np.zeros_like(x)  # of the recording itself there is none
-    first, last = len(before), len(before) + len(inside)
-    rest[:first] = before - x[:first]
-    rest[last : stop - start] = after - x[last : stop - start]
-    return mx.array(x), mx.array(rest)
+    after = np.concatenate([after, np.zeros(-(stop - start) % _RUN + _BATCH)])
+    x = np.concatenate([before, inside, after], dtype=np.float32)
+    # Of the recording itself there is no rest; nothing is sent for it.
+    rests = [
+        mx.array((end - end.astype(np.float32)).astype(np.float32))
+        for end in (before, after)
+    ]
+    rest = mx.concatenate([rests[0], mx.zeros(len(inside)), rests[1]])
+    return mx.array(x), rest
 
 
 def _filtered(
