@@ -13,11 +13,12 @@ GPU_SIDES += ("PyTorch tf32, compiled",)
 
 def gpu(results: list[Result]) -> str:
     """What a GPU is judged by: medians in milliseconds."""
-    header = ("machine", "what", "audio, s", *(f"{name}, ms" for name in GPU_SIDES))
+    header = ("machine", "commit", "what", "audio, s")
+    header += tuple(f"{name}, ms" for name in GPU_SIDES)
     header += ("x realtime, best of ours", "speed-up, best against best")
     header += ("fewest runs of a cell",)
     rows = [
-        [machine(result), row["row"], row["seconds"]]
+        [_machine(result), _commit(result), row["row"], row["seconds"]]
         + [_milliseconds(row["sides"].get(name)) for name in GPU_SIDES]
         + [_ratio(row["seconds"], _best(row, "ours"))]
         + [_ratio(_best(row, "PyTorch"), _best(row, "ours")), _fewest(row)]
@@ -28,6 +29,15 @@ def gpu(results: list[Result]) -> str:
     if not rows:
         rows = [["-", *["not measured"] * (len(header) - 1)]]
     return table(header, rows)
+
+
+def _machine(result: Result) -> str:
+    """The GPU, and the host's cores: many of these times are the host's."""
+    return f"{machine(result)}, {result['environment']['cores']} cores"
+
+
+def _commit(result: Result) -> str:
+    return (result["environment"]["commit"] or "unknown")[:7]
 
 
 def _milliseconds(cell: dict | None) -> Any:

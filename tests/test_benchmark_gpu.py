@@ -150,11 +150,12 @@ def test_the_result_has_its_table_in_the_documents(tmp_path):
         "benchmark": "gpu",
         "file": "gpu-cuda.json",
         "sides": {"backend": "cuda", "device": "x", "precision": "tf32, bf16"},
-        "environment": {"gpu": "H9000"},
+        "environment": {"gpu": "H9000", "cores": 8, "commit": "0123456789"},
         "rows": [{"row": "conversion", "seconds": 30.0, "sides": sides}],
     }
     [line] = [x for x in gpu_table.gpu([result]).splitlines() if "H9000" in x]
-    values = ["H9000", "conversion", "30", "50", "25", "-", "-", "50", "failed"]
+    values = ["H9000, 8 cores", "0123456", "conversion", "30"]
+    values += ["50", "25", "-", "-", "50", "failed"]
     found = [cell.strip() for cell in line.strip("| ").split("|")]
     assert found == [*values, "1200", "2", "1"]
     assert "not measured" in gpu_table.gpu([])
