@@ -96,6 +96,25 @@ def frame_centres(frames: int) -> np.ndarray:
 
 
 _PARALLEL = ("voice", "spectra_a", "spectra_b", "within_a", "within_b")
+_NOBODY = -1  # speaker of parallel speech: a stranger is nobody in particular
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A clip of a batch.
+
+    Attributes:
+        a, b: what the views hear, the same but in parallel speech.
+        start: sample of both where they begin.
+        speaker: number, or ``_NOBODY``.
+        pair: in parallel speech.
+    """
+
+    a: Shard
+    b: Shard
+    start: int
+    speaker: int
+    pair: Pair | None = None
 
 
 class ContentBatches:
@@ -141,68 +160,54 @@ class ContentBatches:
     def __call__(self, step: int) -> HostBatch:
         """The batch of a step: per view a and b its audio, labels and its partner frame."""
         rng = np.random.default_rng([self._seed, step])
-        B, L = self._size, self._length
-        span = source_length(L)
-        chosen = rng.choice(len(self._shards), B - self._paired, p=self._odds)
-        clips = {"a": [self._shards[i] for i in chosen]}
-        clips["b"] = list(clips["a"])
-        starts = [
-            int(rng.integers(0, max(len(shard.samples) - span, 1)))
-            for shard in clips["a"]
-        ]
-        pairs: list[Pair] = []
-        if self._paired:
-            numbers = rng.integers(len(self._pairs), size=self._paired)
-            pairs = [self._pairs[i] for i in numbers]
-            clips["a"] += [pair.stranger for pair in pairs]
-            clips["b"] += [pair.target for pair in pairs]
-            starts += [
-                int(rng.integers(0, max(len(pair.target.samples) - L, 1)))
-                for pair in pairs
-            ]
-        views = [draw(rng, B, L, self._strength) for _ in range(2)]
+        rows = self._rows(rng)
+        views = [draw(rng, len(rows), self._length, self._strength) for _ in range(2)]
         batch: HostBatch = {}
         for name, view, other in zip("ab", views, views[::-1], strict=True):
-            batch[f"source_{name}"] = np.stack(
-                [
-                    _part(shard.samples, start, span)
-                    for shard, start in zip(clips[name], starts, strict=True)
-                ]
-            )
-            batch |= {f"{name}.{k}": v for k, v in view.arrays().items()}
-            firsts = [start + FIRST_SAMPLE for start in starts]
-            labels = [
-                self._labels(shard, first, rate)
-                for shard, first, rate in zip(
-                    clips[name], firsts, view.rate, strict=True
-                )
-            ]
-            batch[f"labels_{name}"] = np.stack(labels).astype(np.int32)
+            batch |= self._view(name, rows, view)
             batch[f"key_{name}"] = random_key(rng)
             if name == "a":
                 batch["partner"] = self.partners(view, other)
-            if pairs:
-                found = [
-                    self._spectra(pair, first, rate)
-                    for pair, first, rate in zip(
-                        pairs,
-                        firsts[-len(pairs) :],
-                        view.rate[-len(pairs) :],
-                        strict=True,
-                    )
-                ]
-                batch[f"spectra_{name}"] = np.stack([spectra for spectra, _ in found])
-                batch[f"within_{name}"] = np.stack([within for _, within in found])
-        # A stranger is nobody in particular.
-        speaker = [self.speakers.index(self._shards[i].speaker) for i in chosen]
-        batch["speaker"] = np.array(speaker + [-1] * len(pairs), np.int32)
-        if pairs:
-            batch["voice"] = np.array([pair.voice for pair in pairs], np.int32)
+        batch["speaker"] = np.array([row.speaker for row in rows], np.int32)
+        if self._paired:
+            voices = [row.pair.voice for row in rows if row.pair]
+            batch["voice"] = np.array(voices, np.int32)
         return batch
 
-    def _labels(self, shard: Shard, first: float, rate: float) -> np.ndarray:
-        times = first + rate * frame_centres(self._frames)
-        return frame_labels(shard.classes, shard.ends, times)
+    def _rows(self, rng: np.random.Generator) -> list[_Row]:
+        span = source_length(self._length)
+        chosen = rng.choice(len(self._shards), self._size - self._paired, p=self._odds)
+        rows = []
+        for shard in (self._shards[i] for i in chosen):
+            start = int(rng.integers(0, max(len(shard.samples) - span, 1)))
+            rows.append(_Row(shard, shard, start, self.speakers.index(shard.speaker)))
+        for _ in range(self._paired):
+            pair = self._pairs[rng.integers(len(self._pairs))]
+            start = int(rng.integers(0, max(len(pair.b.samples) - self._length, 1)))
+            rows.append(_Row(pair.a, pair.b, start, _NOBODY, pair))
+        return rows
+
+    def _view(self, name: str, rows: Sequence[_Row], view: Draws) -> HostBatch:
+        """What one of the two views hears, by names that end or begin with its own."""
+        span = source_length(self._length)
+        source, labels, spectra = [], [], []
+        for row, rate in zip(rows, view.rate, strict=True):
+            clip: Shard = getattr(row, name)
+            part = clip.samples[row.start : row.start + span]
+            source.append(np.pad(part, (0, span - len(part))))
+            first = row.start + FIRST_SAMPLE
+            times = first + rate * frame_centres(self._frames)
+            labels.append(frame_labels(clip.classes, clip.ends, times))
+            if row.pair:
+                spectra.append(self._spectra(row.pair, first, rate))
+        batch: HostBatch = {f"{name}.{k}": v for k, v in view.arrays().items()}
+        batch[f"source_{name}"] = np.stack(source)
+        batch[f"labels_{name}"] = np.stack(labels).astype(np.int32)
+        if spectra:
+            there, within = zip(*spectra, strict=True)
+            batch[f"spectra_{name}"] = np.stack(there)
+            batch[f"within_{name}"] = np.stack(within)
+        return batch
 
     def _spectra(
         self, pair: Pair, first: float, rate: float
@@ -223,12 +228,6 @@ class ContentBatches:
         places = (moments - centres[0]) / HOP_LENGTH
         heard = (places >= 0) & (places < self._frames - 1)
         return np.where(heard, places, -1).astype(np.float32)
-
-
-def _part(samples: np.ndarray, start: int, length: int) -> np.ndarray:
-    """``[length]`` samples from ``start`` on, zeros beyond the end."""
-    part = samples[start : start + length]
-    return np.pad(part, (0, length - len(part)))
 
 
 def views(batch: Batch, L: int) -> mx.array:
@@ -267,7 +266,7 @@ def content_loss(weights: ContentWeights):
         strength = mx.minimum(1.0, 5 * progress).astype(dtype)
         logits = net.speaker_logits(features.astype(dtype), strength)
         speaker = mx.concatenate([batch["speaker"]] * 2)
-        adversary, named = _class_loss(logits, speaker, -1)
+        adversary, named = _class_loss(logits, speaker, _NOBODY)
         total = entropy + weights.pair * pair + weights.speaker * adversary
         losses = {
             "phones": entropy,

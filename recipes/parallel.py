@@ -63,14 +63,14 @@ class Pair:
     """A sentence by a stranger and by a target voice, moment by moment.
 
     Attributes:
-        stranger: ``[n]`` int16 at 16 kHz.
-        target: ``[n]`` likewise; the stranger's own samples if he is the target.
+        a: the stranger's clip.
+        b: the target's, as long; the same if the target itself is heard.
         spectra: ``[T, CEPSTRA]`` float32 of the target, see ``scaled``.
         voice: number of the target voice.
     """
 
-    stranger: Shard
-    target: Shard
+    a: Shard
+    b: Shard
     spectra: np.ndarray
     voice: int
 
@@ -140,7 +140,7 @@ def scaled(pairs: Sequence[Pair]) -> list[Pair]:
         for i in own:
             pair = pairs[i]
             spectra = ((pair.spectra - mean) / scale).astype(np.float32)
-            result[i] = Pair(pair.stranger, pair.target, spectra, voice)
+            result[i] = Pair(pair.a, pair.b, spectra, voice)
     return result
 
 
@@ -158,7 +158,7 @@ def spectra_at(pair: Pair, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     index = place.astype(int)
     part = (place - index)[:, None]
     found = pair.spectra[index] * (1 - part) + pair.spectra[index + 1] * part
-    within = (times >= 0) & (times < len(pair.target.samples))
+    within = (times >= 0) & (times < len(pair.b.samples))
     return found.astype(np.float32), within.astype(np.float32)
 
 

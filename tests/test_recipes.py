@@ -440,18 +440,17 @@ def test_pairs_are_a_stranger_and_the_target_in_his_time(tmp_path):
     (folders[0] / "slt.txt").write_text("not a recording")
     pairs = parallel.read_pairs([folders])
     # Sentence 39 is kept for tests; the recordings themselves are pairs with themselves.
-    assert [pair.stranger.speaker for pair in pairs] == ["", "slt"] * 2
+    assert [pair.a.speaker for pair in pairs] == ["", "slt"] * 2
     dubbed, own = pairs[:2]
-    assert np.array_equal(own.stranger.samples, own.target.samples)
+    assert np.array_equal(own.a.samples, own.b.samples)
     peaks = [
-        np.abs(np.fft.rfft(clip.samples)).argmax() / 4
-        for clip in (dubbed.stranger, dubbed.target)
+        np.abs(np.fft.rfft(clip.samples)).argmax() / 4 for clip in (dubbed.a, dubbed.b)
     ]
     assert peaks == [600, 300]
     every = np.concatenate([pair.spectra for pair in pairs])
     np.testing.assert_allclose(every.mean(axis=0), 0, atol=1e-3)
     spread = every.std(axis=0)
-    raw = np.concatenate([parallel.cepstra(p.target.samples / 32768) for p in pairs])
+    raw = np.concatenate([parallel.cepstra(p.b.samples / 32768) for p in pairs])
     np.testing.assert_allclose(
         spread**2 / raw.std(axis=0), spread[0] ** 2 / raw[:, 0].std(), rtol=0.05
     )
