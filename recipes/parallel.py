@@ -22,10 +22,13 @@ import numpy as np
 import scipy.fft
 
 from recipes.corpus import Shard
+from recipes.make_recordings import SPEAKERS_OF
 from recipes.phones import UNKNOWN
+from recipes.speakers import KOKORO
 from recipes.strangers import stranger_of
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.audio_io import load_audio
+from rvc_mlx.models.contentvec import RECEPTIVE_FIELD
 from rvc_mlx.spectral import triangles
 
 CEPSTRA = 24  # of each frame of a spectrum
@@ -85,8 +88,14 @@ def read_pairs(groups: Sequence[Sequence[Path]], workers: int = 16) -> list[Pair
 
     Raises:
         FileNotFoundError: a folder is empty, or a stranger's recording is missing.
-        ValueError: there are dubbed recordings of more strangers than were given.
+        ValueError: there are dubbed recordings of more strangers than were given, or one
+            is too short; or a folder is not named after a target voice.
     """
+    for folder, *_ in groups:
+        if folder.name not in SPEAKERS_OF:
+            raise ValueError(
+                f"{folder}: expected a folder called {' or '.join(SPEAKERS_OF)}"
+            )
     jobs: list[tuple[Path, Path | None, int]] = []
     for voice, (folder, *strangers) in enumerate(groups):
         paths = sorted(path for path in folder.glob("*.*") if _sentence(path) >= 0)
@@ -99,6 +108,15 @@ def read_pairs(groups: Sequence[Sequence[Path]], workers: int = 16) -> list[Pair
     return scaled(pairs)
 
 
+def parallel_speakers(groups: Sequence[Sequence[Path]]) -> set[str]:
+    """Names, of ``recipes.speakers``, of all who may be heard in parallel speech."""
+    if not groups:
+        return set()
+    # ``make_strangers`` mixes the voices of Kokoro that are not kept for tests.
+    strangers = {speaker.name for speaker in KOKORO if not speaker.test}
+    return strangers | {SPEAKERS_OF[folder.name] for folder, *_ in groups}
+
+
 def _sentence(path: Path) -> int:
     """The number of a recording's sentence; -1 for other files."""
     said = path.stem.partition("-")[0]
@@ -109,6 +127,11 @@ def _read(path: Path, stranger: Path | None, voice: int) -> Pair:
     target = load_audio(path)
     other = target if stranger is None else load_audio(stranger)
     n = min(len(target), len(other))
+    if n < RECEPTIVE_FIELD:
+        raise ValueError(
+            f"{path}: {n} samples with {stranger or 'itself'}; expected "
+            f"{RECEPTIVE_FIELD} or more, make both again"
+        )
     return Pair(
         _one_clip("" if stranger else path.parent.name, other[:n]),
         _one_clip(path.parent.name, target[:n]),

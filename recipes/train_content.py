@@ -25,7 +25,7 @@ from recipes.content_training import (
 )
 from recipes.exporting import corpus_facts, export, start_from
 from recipes.optimisation import Batch, Training
-from recipes.parallel import read_pairs
+from recipes.parallel import parallel_speakers, read_pairs
 from recipes.running import Watch, prefetch, run, write_history
 from rvc_mlx.models.contentvec import ContentVecConfig
 from rvc_mlx.training.distributed import Group, connect
@@ -107,7 +107,8 @@ def main(arguments: list[str] | None = None) -> None:
     if training.rank != 0:
         return
     strangers = [folder.parent for _, *others in options.parallel for folder in others]
-    facts = corpus_facts([*options.corpus, *strangers], batches.speakers)
+    heard = {*batches.speakers, *parallel_speakers(options.parallel)}
+    facts = corpus_facts([*options.corpus, *strangers], sorted(heard))
     facts["seed"] = str(options.seed)
     if pairs:
         facts["parallel"] = " ".join(folder.name for folder, *_ in options.parallel)

@@ -1,9 +1,10 @@
 """The convolutions of the vocoder's residual blocks as one CUDA kernel each.
 
 One launch computes ``(conv(leaky_relu(x)) + bias + residual + accumulate) * scale``,
-rectified once more if asked, on tensor cores: bfloat16 and float16 as they are, float32 arrays as TF32 or as float16. A block of
-threads keeps its input rows, activated, in shared memory. They serve every tap, shifted
-by the dilation, while the weights stream through a ring of stages beside them::
+rectified once more if asked, on tensor cores: bfloat16 and float16 as they are, float32
+arrays as TF32 or as float16. A block of threads keeps its input rows, activated, in
+shared memory. They serve every tap, shifted by the dilation, while the weights stream
+through a ring of stages beside them::
 
     rows in shared memory   0 ......... PAD ................. PAD + M ......... M + 2 PAD
     tap 0 reads             [0 ............ M)
@@ -562,6 +563,10 @@ def _check(
     if not fits or w.shape[1:] != (C, C) or bias.shape != (C,):
         raise ValueError(
             f"weight is {w.dtype} {w.shape} and bias {bias.shape} for x {x.dtype} {x.shape}"
+        )
+    if weight.output.dtype not in (x.dtype, mx.float16):
+        raise ValueError(
+            f"a result of {weight.output.dtype} for x {x.dtype}; want the same, or float16"
         )
     for a in extra:
         if a.shape != x.shape or a.dtype != weight.output.dtype:

@@ -32,6 +32,9 @@ _PACK = 8  # channels of a thread
 _THREADS = 256
 _OFFSETS = 2 * RELATIVE_WINDOW + 1
 _ROW_STEP = 16 * 1024  # bytes; a kernel is compiled for each multiple of it
+# Bytes of a row of scores that a block keeps, as every card's can: two minutes. Of longer
+# rows it makes each score three times.
+_LONGEST_ROW = 48 * 1024
 
 _PACKS = r"""
 struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
@@ -74,16 +77,20 @@ const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 const int N = L + 2 * WINDOW, near = blockIdx.x % L;
 const size_t first = (size_t)blockIdx.x * N;
 const size_t first_offset = (size_t)blockIdx.x * (2 * WINDOW + 1);
+const auto score = [&](int n) {
+    float found = float(scores[first + n]);
+    if (n < WINDOW || n >= L + WINDOW) found -= 1e4f;
+    const int offset = n - near;
+    if (offset >= 0 && offset <= 2 * WINDOW)
+        found += float(offsets[first_offset + offset]);
+    return found;
+};
 
 float top = -3.4e38f;
 for (int n = threadIdx.x; n < N; n += THREADS) {
-    float score = float(scores[first + n]);
-    if (n < WINDOW || n >= L + WINDOW) score -= 1e4f;
-    const int offset = n - near;
-    if (offset >= 0 && offset <= 2 * WINDOW)
-        score += float(offsets[first_offset + offset]);
-    row[n] = score;
-    top = fmaxf(top, score);
+    const float found = score(n);
+    if (KEPT) row[n] = found;
+    top = fmaxf(top, found);
 }
 #pragma unroll
 for (int k = 16; k > 0; k /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, k));
@@ -95,8 +102,8 @@ __syncthreads();
 
 float sum = 0.f;
 for (int n = threadIdx.x; n < N; n += THREADS) {
-    const float weight = expf(row[n] - top);
-    row[n] = weight;
+    const float weight = expf((KEPT ? row[n] : score(n)) - top);
+    if (KEPT) row[n] = weight;
     sum += weight;
 }
 #pragma unroll
@@ -108,7 +115,7 @@ sum = 0.f;
 for (int k = 0; k < THREADS / 32; k++) sum += partial[k];
 
 for (int n = threadIdx.x; n < N; n += THREADS) {
-    const T weight = T(row[n] / sum);
+    const T weight = T((KEPT ? row[n] : expf(score(n) - top)) / sum);
     weights[first + n] = weight;
     const int offset = n - near;
     if (offset >= 0 && offset <= 2 * WINDOW) nearby[first_offset + offset] = weight;
@@ -183,7 +190,7 @@ for (int n = 0; n < PACK; n++) {
 def quicken(network: Synthesizer) -> None:
     """Let a loaded voice's prior compute this way from now on, if its widths allow it."""
     encoder, flow = network.enc_p.encoder, network.flow
-    if isinstance(encoder, Encoder) and all(map(_attends, encoder.attn_layers)):
+    if isinstance(encoder, Encoder) and _attends(encoder):
         for i, (attention, feed) in enumerate(
             zip(encoder.attn_layers, encoder.ffn_layers, strict=True)
         ):
@@ -193,10 +200,13 @@ def quicken(network: Synthesizer) -> None:
         network.flow = InvertedFlow(flow)
 
 
-def _attends(layer: nn.Module) -> bool:
-    if not isinstance(layer, RelativeAttention):
+def _attends(encoder: Encoder) -> bool:
+    layers = encoder.attn_layers
+    if not all(isinstance(layer, RelativeAttention) for layer in layers):
         return False
-    return bool(layer.emb_rel_k.shape[-1] % _PACK == 0)
+    widths = [layer.emb_rel_k.shape[-1] for layer in layers]
+    widths += [layer.conv_1.weight.shape[0] for layer in encoder.ffn_layers]
+    return all(width % _PACK == 0 for width in widths)
 
 
 def _flows(flow: ResidualCouplingFlow) -> bool:
@@ -231,13 +241,15 @@ def relative_softmax(scores: mx.array, offsets: mx.array) -> list[mx.array]:
         offsets: ``[B, H, T, 2 w + 1]``, added to the scores of keys -w to w away.
     """
     T, keys = scores.shape[-2:]
-    memory = -(-4 * keys // _ROW_STEP) * _ROW_STEP
+    kept = 4 * keys <= _LONGEST_ROW
+    memory = -(-4 * keys // _ROW_STEP) * _ROW_STEP if kept else 0
+    sizes = {"WINDOW": RELATIVE_WINDOW, "THREADS": _THREADS, "KEPT": kept}
     return _SOFTMAX(
         [scores, offsets],
         [(scores.shape, scores.dtype), (offsets.shape, scores.dtype)],
         Grid(scores.size // keys, _THREADS, shared_memory=memory),
         scalars=[T],
-        constants={"T": scores.dtype, "WINDOW": RELATIVE_WINDOW, "THREADS": _THREADS},
+        constants={"T": scores.dtype, **sizes},
     )
 
 

@@ -6,6 +6,8 @@ computes the end of one wave, the host prepares the next and begins its first ne
     host    prepare mel |F0|         | prepare mel |F0|  finish 1 | ...
     device       encode salience prior vocoder 1 encode salience prior vocoder 2
 
+Where the device makes the mel, too, it goes first: mel, salience, encode.
+
 Equal pieces of a wave share a call of a network; its result is what each alone gives, to
 rounding, and exactly that where one goes at a time.
 """

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -429,6 +430,9 @@ def test_arrays_that_do_not_fit_are_refused():
     weight = pack_weight(mx.zeros((32, 3, 32)), mx.float32)
     with pytest.raises(ValueError, match="weight is"):
         fused_conv(mx.zeros((1, 5, 64)), weight, mx.zeros((64,)), dilation=1, slope=0.1)
+    weight = replace(weight, output=Output(mx.bfloat16))
+    with pytest.raises(ValueError, match=r"a result of mlx\.core\.bfloat16 for x"):
+        fused_conv(mx.zeros((1, 5, 32)), weight, mx.zeros((32,)), dilation=1, slope=0.1)
 
 
 @needs_gpu

@@ -64,8 +64,9 @@ def others():
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
         yield fused_prior.GATE, (dtype,), (dtype,), pack
         yield fused_prior._HEADS, (dtype,), 3 * (dtype,), pack | {"WINDOW": 10}
-        row = {"T": dtype, "WINDOW": 10, "THREADS": 256}
-        yield fused_prior._SOFTMAX, 2 * (dtype,), 2 * (dtype,), row
+        for kept in (True, False):
+            row = {"T": dtype, "WINDOW": 10, "THREADS": 256, "KEPT": kept}
+            yield fused_prior._SOFTMAX, 2 * (dtype,), 2 * (dtype,), row
         yield fused_prior._WINDOWS, (dtype,), (dtype,), pack
         yield fused_prior._ADD_HALVES, 3 * (dtype,), 2 * (dtype,), pack
         yield fused._GATE_BACK, (dtype, dtype), (dtype,), pack

@@ -8,7 +8,7 @@ from mlx.utils import tree_map
 from rvc_mlx import fused_prior
 from rvc_mlx.models.layers import gated
 from rvc_mlx.models.synthesizer import Synthesizer
-from rvc_mlx.models.vits import RELATIVE_WINDOW
+from rvc_mlx.models.vits import RELATIVE_WINDOW, Encoder, RelativeAttention
 from rvc_mlx.training.presets import preset
 
 W = RELATIVE_WINDOW
@@ -89,6 +89,32 @@ def test_the_prior_is_put_together_as_the_model_has_it(B, monkeypatch):
     np.testing.assert_allclose(found / scale, np.array(expected) / scale, atol=2e-5)
 
 
+def test_a_width_that_is_no_multiple_of_8_stays_as_it_is():
+    network = voice()
+    network.enc_p.encoder = Encoder(64, 100, 2, 1, 3)
+    fused_prior.quicken(network)
+    assert isinstance(network.enc_p.encoder.attn_layers[0], RelativeAttention)
+
+
+def test_rows_of_scores_are_kept_only_where_every_card_can(monkeypatch):
+    asked = []
+
+    def launch(inputs, outputs, grid, *, scalars, constants):
+        asked.append((grid.shared_memory, constants["KEPT"]))
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    monkeypatch.setattr(fused_prior, "_SOFTMAX", launch)
+    for T in (100, 3198, 12268, 12269, 67_000):
+        fused_prior.relative_softmax(
+            mx.zeros((1, 1, T, T + 2 * W))[:, :, :1], mx.zeros((1, 1, 1, 2 * W + 1))
+        )
+    kib = 1024
+    assert asked == [
+        *((16 * kib, True), (16 * kib, True), (48 * kib, True)),
+        *((0, False), (0, False)),
+    ]
+
+
 def test_what_it_does_not_serve_is_refused():
     network = voice()
     fused_prior.quicken(network)
@@ -135,6 +161,18 @@ def test_a_kernel_equals_plain_operations(name, dtype):
             one.astype(mx.float32), other.astype(mx.float32), tolerance, tolerance
         )
         assert close
+
+
+@pytest.mark.gpu
+@on_cuda
+def test_rows_that_no_block_can_keep(monkeypatch):
+    scores, offsets = CASES["relative_softmax"](mx.float32)
+    kept = fused_prior.relative_softmax(scores, offsets)
+    monkeypatch.setattr(fused_prior, "_LONGEST_ROW", 0)
+    for one, other in zip(
+        fused_prior.relative_softmax(scores, offsets), kept, strict=True
+    ):
+        assert mx.allclose(one, other, 1e-6, 1e-6)
 
 
 @pytest.mark.gpu

@@ -454,10 +454,16 @@ def test_pairs_are_a_stranger_and_the_target_in_his_time(tmp_path):
     np.testing.assert_allclose(
         spread**2 / raw.std(axis=0), spread[0] ** 2 / raw[:, 0].std(), rtol=0.05
     )
+    (tmp_path / "empty" / "rms").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no recordings; recipes"):
+        parallel.read_pairs([[tmp_path / "empty" / "rms", tmp_path]])
+    with pytest.raises(ValueError, match="expected a folder called slt or rms"):
         parallel.read_pairs([[tmp_path, tmp_path]])
     with pytest.raises(ValueError, match="stranger 0, counted from 0, of 0"):
         parallel.read_pairs([folders[:1]])
+    sf.write(folders[1] / "0001.ogg", np.zeros(100), RATE)
+    with pytest.raises(ValueError, match=r"0001-0\.ogg: 100 samples with .*0001\.ogg"):
+        parallel.read_pairs([folders])
 
 
 def test_a_pairs_spectra_follow_the_warp(tmp_path):
@@ -1082,6 +1088,9 @@ def test_the_content_command_trains_resumes_and_exports(tmp_path):
     told = read_weights(again, "contentvec")
     assert told.metadata["parallel"] == "slt"
     assert "kokoro-js=1.2.1" in told.metadata["packages"]
+    assert {"awb", "kal", "slt_hts", "af_bella"} <= {*told.metadata["speakers"].split()}
+    assert "af_heart" not in told.metadata["speakers"]
+    assert "Apache-2.0" in told.metadata["licences_of_voices"]
     assert not any("mouth" in name for name in told.tensors)
 
 

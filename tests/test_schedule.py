@@ -139,6 +139,7 @@ def test_the_host_never_waits_for_what_it_could_launch_beside(
     converter = batching_converter(small_models, 1 << 30)
     expected = converter.convert(clips[0], 16000, ConversionOptions(**OPTIONS)).audio
     net, version = converter.pitch_net, converter.voice.config.version
+    assert not net.on_device
     net.on_device, launched = on_device, []
     for name, seam in (
         ("encode", converter.encoder._run(version)),
@@ -153,6 +154,14 @@ def test_the_host_never_waits_for_what_it_could_launch_beside(
     found = converter.convert(clips[0], 16000, ConversionOptions(**OPTIONS)).audio
     assert launched == (["salience", "encode"] if on_device else ["encode", "salience"])
     np.testing.assert_array_equal(found, expected)
+
+
+def test_a_pitch_net_knows_where_its_spectrograms_are_made(small_models):
+    engine = choose_engine("mlx-cpu", "f32")
+    weights = read_weights(small_models.rmvpe, "rmvpe")
+    assert not PitchNet(weights, engine).on_device
+    engine.log_mel = engine._log_mel
+    assert PitchNet(weights, engine).on_device
 
 
 def test_an_empty_index_is_refused(small_models, clips, tmp_path):
