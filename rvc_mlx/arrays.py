@@ -30,7 +30,7 @@ def steady_length(n: int, least: int, most: int) -> int:
     """``n`` rounded up a little, so that lengths near one another share one length.
 
     A library that plans each new shape anew, as cuDNN does for hundreds of milliseconds a
-    network, then meets eight lengths an octave.
+    network, then meets eight lengths an octave, and more where steps cannot grow.
 
     Args:
         n: 1 or more.
