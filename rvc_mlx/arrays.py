@@ -37,8 +37,16 @@ def steady_length(n: int, least: int, most: int) -> int:
         least: the result is a multiple of it; a power of two.
         most: largest step between lengths; likewise.
     """
-    step = min(max(1 << n.bit_length() - 4, least), most) if n >= 8 else least
+    step = min(max((1 << n.bit_length()) // 16, least), most)
     return -(-n // step) * step
+
+
+def zeros_behind(x: mx.array, length: int) -> mx.array:
+    """``x`` ``[B, n, ...]`` and zeros up to ``length``; as it is where it is as long."""
+    missing = length - x.shape[1]
+    if missing <= 0:
+        return x  # padding by nothing would still be a copy
+    return mx.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)])
 
 
 def one_ahead(items: Iterable[Item]) -> Iterator[Item]:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rvc_mlx.arrays import steady_length
+from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.models.contentvec import ContentVec
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
@@ -115,8 +115,7 @@ def normed_convolution(
     ones = mx.ones((B, windows.shape[1], 1), windows.dtype)
     zeros = mx.zeros((B, windows.shape[1], _COLUMNS - taps - 1), windows.dtype)
     windows = mx.concatenate([windows, ones, zeros], axis=-1)
-    behind = max(length - windows.shape[1], 0)
-    windows = mx.pad(windows, [(0, 0), (0, behind), (0, 0)])
+    windows = zeros_behind(windows, length)
     return windows @ mx.concatenate(rows, axis=1).astype(windows.dtype)
 
 

@@ -19,7 +19,7 @@ import threading
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx.arrays import steady_length
+from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.models.rmvpe import (
     RMVPE,
@@ -243,8 +243,7 @@ class Lengthened(nn.Module):
         T = x.shape[1]
         steady = steady_length(T, self._multiple, max(_LARGEST_STEP, self._multiple))
         self._extent.own, self._extent.steady = T, steady
-        y = self.norm(x)
-        return mx.pad(y, [(0, 0), (0, steady - T), (0, 0), (0, 0)])
+        return zeros_behind(self.norm(x), steady)
 
 
 class Shortened(nn.Module):

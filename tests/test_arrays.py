@@ -4,7 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from rvc_mlx.arrays import neighbours, one_ahead, steady_length, together
+from rvc_mlx.arrays import (
+    neighbours,
+    one_ahead,
+    steady_length,
+    together,
+    zeros_behind,
+)
 
 
 @pytest.mark.parametrize(
@@ -74,3 +80,13 @@ def test_steady_lengths_are_few_and_little_longer(least):
         assert length % least == 0
     assert len(set(found)) <= 8 * 12
     assert steady_length(9600, 32, 256) == 9728
+
+
+def test_zeros_are_only_put_behind_what_is_too_short():
+    x = mx.ones((2, 3, 4, 5))
+    assert zeros_behind(x, 3) is x
+    assert zeros_behind(x, 0) is x
+    longer = zeros_behind(x, 5)
+    assert longer.shape == (2, 5, 4, 5)
+    assert mx.array_equal(longer[:, :3], x)
+    assert not longer[:, 3:].any()
