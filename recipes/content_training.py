@@ -152,7 +152,9 @@ class ContentBatches:
         # Shards of short speakers are drawn more often than their share of the time.
         self._odds = np.sqrt(lengths) / np.sqrt(lengths).sum()
         self._size, self._frames, self._seed = batch_size, frames, seed
+        self._centres = frame_centres(frames)
         self._length = (frames - 1) * HOP_LENGTH + RECEPTIVE_FIELD
+        self._span = source_length(self._length)
         self._strength = strength
         self._pairs = list(pairs)
         self._paired = batch_size // 2 if pairs else 0  # clips of a batch
@@ -175,11 +177,10 @@ class ContentBatches:
         return batch
 
     def _rows(self, rng: np.random.Generator) -> list[_Row]:
-        span = source_length(self._length)
         chosen = rng.choice(len(self._shards), self._size - self._paired, p=self._odds)
         rows = []
         for shard in (self._shards[i] for i in chosen):
-            start = int(rng.integers(0, max(len(shard.samples) - span, 1)))
+            start = int(rng.integers(0, max(len(shard.samples) - self._span, 1)))
             rows.append(_Row(shard, shard, start, self.speakers.index(shard.speaker)))
         for _ in range(self._paired):
             pair = self._pairs[rng.integers(len(self._pairs))]
@@ -189,14 +190,13 @@ class ContentBatches:
 
     def _view(self, name: str, rows: Sequence[_Row], view: Draws) -> HostBatch:
         """What one of the two views hears, by names that end or begin with its own."""
-        span = source_length(self._length)
         source, labels, spectra = [], [], []
         for row, rate in zip(rows, view.rate, strict=True):
             clip: Shard = getattr(row, name)
-            part = clip.samples[row.start : row.start + span]
-            source.append(np.pad(part, (0, span - len(part))))
+            part = clip.samples[row.start : row.start + self._span]
+            source.append(np.pad(part, (0, self._span - len(part))))
             first = row.start + FIRST_SAMPLE
-            times = first + rate * frame_centres(self._frames)
+            times = first + rate * self._centres
             labels.append(frame_labels(clip.classes, clip.ends, times))
             if row.pair:
                 spectra.append(self._spectra(row.pair, first, rate))
@@ -212,9 +212,8 @@ class ContentBatches:
     def _spectra(
         self, pair: Pair, first: float, rate: float
     ) -> tuple[np.ndarray, np.ndarray]:
-        centres = frame_centres(self._frames)
         hops = np.arange(PER_FRAME) - (PER_FRAME - 1) / 2
-        moments = (centres[:, None] + SPECTRUM_HOP * hops).ravel()
+        moments = (self._centres[:, None] + SPECTRUM_HOP * hops).ravel()
         return spectra_at(pair, first + rate * moments)
 
     def partners(self, a: Draws, b: Draws) -> np.ndarray:
@@ -223,9 +222,8 @@ class ContentBatches:
         Returns:
             ``[B, F]`` float32 frames of b, -1 where b is over by then.
         """
-        centres = frame_centres(self._frames)
-        moments = (a.rate / b.rate)[:, None] * centres
-        places = (moments - centres[0]) / HOP_LENGTH
+        moments = (a.rate / b.rate)[:, None] * self._centres
+        places = (moments - self._centres[0]) / HOP_LENGTH
         heard = (places >= 0) & (places < self._frames - 1)
         return np.where(heard, places, -1).astype(np.float32)
 

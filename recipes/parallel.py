@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -154,17 +154,18 @@ def scaled(pairs: Sequence[Pair]) -> list[Pair]:
     A plain distance would hear little but the loudness, one of equal variance listens to
     ripples as much.
     """
-    result: list[Pair] = list(pairs)
+    scales = {}
     for voice in {pair.voice for pair in pairs}:
-        own = [i for i, pair in enumerate(pairs) if pair.voice == voice]
-        every = np.concatenate([pairs[i].spectra for i in own])
+        every = np.concatenate([pair.spectra for pair in pairs if pair.voice == voice])
         mean, spread = every.mean(axis=0), every.std(axis=0) + 1e-6
-        scale = np.sqrt(spread * spread.mean())
-        for i in own:
-            pair = pairs[i]
-            spectra = ((pair.spectra - mean) / scale).astype(np.float32)
-            result[i] = Pair(pair.a, pair.b, spectra, voice)
-    return result
+        scales[voice] = mean, np.sqrt(spread * spread.mean())
+
+    def spectra(pair: Pair) -> np.ndarray:
+        mean, scale = scales[pair.voice]
+        found: np.ndarray = ((pair.spectra - mean) / scale).astype(np.float32)
+        return found
+
+    return [replace(pair, spectra=spectra(pair)) for pair in pairs]
 
 
 def spectra_at(pair: Pair, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
