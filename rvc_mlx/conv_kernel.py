@@ -557,16 +557,14 @@ def _check(
     C, w = x.shape[-1], weight.array
     if x.ndim != 3 or 0 in x.shape or x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype} {x.shape}; want [B, L, C] of {DTYPES}")
-    fits = w.dtype in (
-        (mx.float32, mx.float16) if x.dtype == mx.float32 else (x.dtype,)
-    )
-    if not fits or w.shape[1:] != (C, C) or bias.shape != (C,):
+    allowed = (mx.float32, mx.float16) if x.dtype == mx.float32 else (x.dtype,)
+    if w.dtype not in allowed or w.shape[1:] != (C, C) or bias.shape != (C,):
         raise ValueError(
             f"weight is {w.dtype} {w.shape} and bias {bias.shape} for x {x.dtype} {x.shape}"
         )
-    if weight.output.dtype not in (x.dtype, mx.float16):
+    if weight.output.dtype not in allowed:
         raise ValueError(
-            f"a result of {weight.output.dtype} for x {x.dtype}; want the same, or float16"
+            f"a result of {weight.output.dtype} for x {x.dtype}; want one of {allowed}"
         )
     for a in extra:
         if a.shape != x.shape or a.dtype != weight.output.dtype:
