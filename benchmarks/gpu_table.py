@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from common import table
-from tables import Result, chosen, machine
+from tables import Result, chosen, commit, machine
 
 GPU_SIDES = ("ours tf32", "ours bf16", "ours f16", "PyTorch tf32", "PyTorch f16")
 GPU_SIDES += ("PyTorch tf32, compiled",)
@@ -18,7 +18,7 @@ def gpu(results: list[Result]) -> str:
     header += ("x realtime, best of ours", "speed-up, best against best")
     header += ("fewest runs of a cell",)
     rows = [
-        [_machine(result), _commit(result), row["row"], row["seconds"]]
+        [_machine(result), commit(result, 7), row["row"], row["seconds"]]
         + [_milliseconds(row["sides"].get(name)) for name in GPU_SIDES]
         + [_ratio(row["seconds"], _best(row, "ours"))]
         + [_ratio(_best(row, "PyTorch"), _best(row, "ours")), _fewest(row)]
@@ -34,10 +34,6 @@ def gpu(results: list[Result]) -> str:
 def _machine(result: Result) -> str:
     """The GPU, and the host's cores: many of these times are the host's."""
     return f"{machine(result)}, {result['environment']['cores']} cores"
-
-
-def _commit(result: Result) -> str:
-    return (result["environment"]["commit"] or "unknown")[:7]
 
 
 def _milliseconds(cell: dict | None) -> Any:

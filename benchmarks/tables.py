@@ -61,6 +61,13 @@ def machine(result: Result) -> str:
     return f"{facts['cpu']}, {facts['cores']} cores"
 
 
+def commit(result: Result, digits: int = 10) -> str:
+    """What was measured."""
+    facts = result["environment"]
+    changed = " with changes" if facts.get("dirty") else ""
+    return (facts["commit"] or "unknown")[:digits] + changed
+
+
 def labels(result: Result) -> list[str]:
     """The first columns of every table."""
     sides = result["sides"]
@@ -269,10 +276,8 @@ def environments(results: list[Result]) -> str:
             }.items()
             if version != "not installed"
         )
-        commit = (facts["commit"] or "unknown")[:10]
-        commit += " with changes" if facts["dirty"] else ""
         start = [result["file"], machine(result), facts["memory_gib"]]
-        rows.append([*start, facts["system"], versions, commit])
+        rows.append([*start, facts["system"], versions, commit(result)])
     return table(header, rows) if rows else "There are no results yet."
 
 
