@@ -562,9 +562,10 @@ def _check(
         raise ValueError(
             f"weight is {w.dtype} {w.shape} and bias {bias.shape} for x {x.dtype} {x.shape}"
         )
-    if weight.output.dtype not in allowed:
+    if mx.bfloat16 in (x.dtype, weight.output.dtype) and x.dtype != weight.output.dtype:
         raise ValueError(
-            f"a result of {weight.output.dtype} for x {x.dtype}; want one of {allowed}"
+            f"a result of {weight.output.dtype} for x {x.dtype}; bfloat16 goes with "
+            "itself, float32 and float16 with each other"
         )
     for a in extra:
         if a.shape != x.shape or a.dtype != weight.output.dtype:

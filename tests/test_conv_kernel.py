@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -430,9 +429,19 @@ def test_arrays_that_do_not_fit_are_refused():
     weight = pack_weight(mx.zeros((32, 3, 32)), mx.float32)
     with pytest.raises(ValueError, match="weight is"):
         fused_conv(mx.zeros((1, 5, 64)), weight, mx.zeros((64,)), dilation=1, slope=0.1)
-    weight = replace(weight, output=Output(mx.bfloat16))
-    with pytest.raises(ValueError, match=r"a result of mlx\.core\.bfloat16 for x"):
-        fused_conv(mx.zeros((1, 5, 32)), weight, mx.zeros((32,)), dilation=1, slope=0.1)
+
+
+@pytest.mark.parametrize("out_dtype", conv_kernel.DTYPES)
+@pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
+def test_results_may_be_of_another_type_unless_it_is_bfloat16(dtype, out_dtype):
+    x = mx.zeros((1, 5, 32), dtype)
+    weight = pack_weight(mx.zeros((32, 3, 32)), dtype, output=Output(out_dtype))
+    bias, added = mx.zeros((32,)), [mx.zeros((1, 5, 32), out_dtype)]
+    if dtype == out_dtype or mx.bfloat16 not in (dtype, out_dtype):
+        conv_kernel._check(x, weight, bias, added)
+    else:
+        with pytest.raises(ValueError, match=rf"a result of {out_dtype} for x {dtype}"):
+            conv_kernel._check(x, weight, bias, added)
 
 
 @needs_gpu
