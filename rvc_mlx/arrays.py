@@ -21,6 +21,20 @@ def array_module(x: Array) -> Any:
     return mx if isinstance(x, mx.array) else np
 
 
+def reflected(x: Array, before: int, after: int) -> Array:
+    """``x`` ``[n]``, mirrored at its ends, which are not repeated.
+
+    Args:
+        x: more samples than ``before`` and than ``after``.
+        before: samples in front of it.
+        after: samples behind it.
+    """
+    end = len(x) - 1
+    parts = [x[1 : before + 1][::-1], x, x[end - after : end][::-1]]
+    joined: Array = array_module(x).concatenate(parts)
+    return joined
+
+
 def to_host(x: Array) -> np.ndarray:
     """``x`` as numpy; waits until it is computed."""
     return np.asarray(x)

@@ -22,7 +22,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import to_host
+from rvc_mlx.arrays import Array, reflected, to_host
 from rvc_mlx.audio import (
     HIGH_PASS_ORDER,
     SETTLED,
@@ -103,6 +103,32 @@ for (; n < first + RUN; n += BATCH) {
 """
 
 
+class DeviceSpool(Spool):
+    """A recording that lies on a GPU; the host reads the same memory.
+
+    Args:
+        samples: ``[n]`` float32, computed.
+    """
+
+    def __init__(self, samples: mx.array):
+        super().__init__(memory=np.iinfo(np.int64).max)
+        self._samples = samples
+        self._buffer, self._length = to_host(samples), len(samples)
+
+    def part(self, start: int, stop: int) -> Array:
+        """See ``Spool.part``; may still be computing."""
+        low, high = max(start, 0), min(stop, len(self))
+        before, after = low - start, stop - high
+        if low >= high or max(before, after) >= high - low:
+            return mx.array(self.read_reflected(start, stop))
+        return reflected(self._samples[low:high], before, after)
+
+    def close(self) -> None:
+        """See ``Spool.close``."""
+        super().close()
+        self._samples = mx.zeros(0)
+
+
 def device_high_pass(
     source: Spool, block: int = 1 << 22, *, gain: float = 1.0
 ) -> Spool:
@@ -116,8 +142,8 @@ def device_high_pass(
         gain: factor applied to the recording.
 
     Returns:
-        A float32 spool of the same length, kept as the source is; the arithmetic before
-        is float64.
+        A float32 spool of the same length; the arithmetic before is float64. One block
+        stays on the device, a longer one is kept as the source is.
 
     Raises:
         ValueError: if the spool is empty.
@@ -125,15 +151,22 @@ def device_high_pass(
     """
     count = len(source)
     edge = edge_samples(count)
+
+    def filtered(start: int, stop: int) -> mx.array:
+        low = max(start - SETTLED, -edge)
+        high = min(stop + SETTLED, count + edge)
+        forwards = _filtered(*_operands(source, low, high), high - low, gain)
+        backwards, _ = _filtered(*forwards, high - low)
+        return backwards[start - low : stop - low]
+
+    if count <= block:
+        samples = filtered(0, count)
+        mx.eval(samples)
+        return DeviceSpool(samples)
     result = source.like(np.float32, count)
     try:
         for start in range(0, count, block):
-            stop = min(start + block, count)
-            low = max(start - SETTLED, -edge)
-            high = min(stop + SETTLED, count + edge)
-            forwards = _filtered(*_operands(source, low, high), high - low, gain)
-            backwards, _ = _filtered(*forwards, high - low)
-            result.append(to_host(backwards)[start - low : stop - low])
+            result.append(to_host(filtered(start, min(start + block, count))))
     except BaseException:
         result.close()
         raise

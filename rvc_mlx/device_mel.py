@@ -9,10 +9,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
+from rvc_mlx.arrays import Array
 from rvc_mlx.spectral import HOP_LENGTH, LOG_FLOOR, N_FFT, hann_window, mel_filters
 
 
-def device_log_mel(samples: np.ndarray, n_mels: int) -> mx.array:
+def device_log_mel(samples: Array, n_mels: int) -> mx.array:
     """As ``spectral.log_mel``, on MLX's device.
 
     Args:

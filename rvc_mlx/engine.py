@@ -165,7 +165,7 @@ class MLXEngine:
         else:
             mx.async_eval(output)
 
-    def _log_mel(self, samples: np.ndarray, n_mels: int) -> Array:
+    def _log_mel(self, samples: Array, n_mels: int) -> Array:
         with mx.stream(self._device):
             return device_log_mel(samples, n_mels)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rvc_mlx import pitch
+from rvc_mlx.arrays import Array
 from rvc_mlx.audio import SAMPLE_RATE, HighPass, high_pass_spool, resample_blocks
 from rvc_mlx.decoding import Piece
 from rvc_mlx.loading import Encoder, PitchNet, Voice
@@ -124,17 +125,21 @@ class Job:
         except (ValueError, OSError) as error:
             self.failure = error
 
-    def heard(self, segment: Segment) -> np.ndarray:
+    def heard(self, segment: Segment) -> Array:
         """What the encoder hears of a segment: ``[samples]`` float32 at 16 kHz."""
         start = segment.start - self._pad * FRAME
-        return self._filtered.read_reflected(start, start + segment.samples)
+        return self._filtered.part(start, start + segment.samples)
 
-    def signal(self) -> pitch.Signal:
-        """The padded recording, whose F0 is wanted."""
+    def signal(self, on_device: bool) -> pitch.Signal:
+        """The padded recording, whose F0 is wanted.
+
+        Args:
+            on_device: whether it is read where the samples are, or on the host.
+        """
         pad = self._pad * FRAME
+        read = self._filtered.part if on_device else self._filtered.read_reflected
         return pitch.Signal(
-            lambda start, stop: self._filtered.read_reflected(start - pad, stop - pad),
-            self._padded_length(),
+            lambda start, stop: read(start - pad, stop - pad), self._padded_length()
         )
 
     def _padded_length(self) -> int:

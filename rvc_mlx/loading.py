@@ -199,7 +199,7 @@ class Encoder:
         """Features of 16 kHz audio ``[N]``, N >= 400: ``[F, C]`` float32."""
         return self._run(version)(audio[None])[0]
 
-    def start(self, audio: np.ndarray, version: str) -> Array:
+    def start(self, audio: Array, version: str) -> Array:
         """Features ``[B, F, C]`` of ``[B, N]``, where the engine made them.
 
         They may still be computing.

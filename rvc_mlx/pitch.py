@@ -18,6 +18,7 @@ from rvc_mlx.arrays import (
     array_module,
     neighbours,
     one_ahead,
+    reflected,
     to_host,
     together,
 )
@@ -39,7 +40,7 @@ CHUNK_CONTEXT = 512  # of these, frames on each inner side that are thrown away
 
 AUTOTUNE_NOTES = np.round(440 * 2 ** ((np.arange(31, 85) - 69) / 12), 2)  # G1..C6, Hz
 
-Reader = Callable[[int, int], np.ndarray]
+Reader = Callable[[int, int], Array]
 
 
 def decode_salience(
@@ -109,7 +110,8 @@ class Signal:
     """Audio whose F0 is wanted.
 
     Attributes:
-        read: samples ``start..stop``, float32 at 16 kHz; called by several threads.
+        read: samples ``start..stop``, float32 at 16 kHz; on the host where the log-mel
+            is made there, and then called by several threads.
         length: samples in all, more than 512.
     """
 
@@ -235,7 +237,7 @@ def _mel_frames(
     samples = signal.read(max(first, 0), min(last, signal.length))
     pads = (max(-first, 0), max(last - signal.length, 0))
     if any(pads):
-        samples = np.pad(samples, pads, mode="reflect")
+        samples = reflected(samples, *pads)
     return settings.log_mel(samples, settings.n_mels)
 
 

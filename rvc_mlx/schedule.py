@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead
+from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead, together
 from rvc_mlx.decoding import Piece, Windows, sample_latents, start_windows
 from rvc_mlx.job import Job, Nets
 from rvc_mlx.machine import in_parallel
@@ -128,7 +128,7 @@ def _encoded(
         return max(segment.frames, window)
 
     for batch in neighbours(parts, lambda part: part[1].samples, weight, most):
-        audio = np.stack([job.heard(segment) for job, segment in batch])
+        audio = together([job.heard(segment)[None] for job, segment in batch])
         with report.stage("content"):
             features = nets.encoder.start(audio, nets.voice.config.version)
         yield batch, features
@@ -145,7 +145,7 @@ def _begin_f0(
         threshold=options.f0_threshold, mel_padding=options.mel_padding
     )
     asked = [job for job in jobs if job.given_f0 is None]
-    signals = [job.signal() for job in asked]
+    signals = [job.signal(net.on_device) for job in asked]
     found = pitch.begin_all(net.salience.start, signals, settings)
 
     def finish() -> None:

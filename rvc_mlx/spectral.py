@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import scipy.fft
@@ -12,7 +13,7 @@ from rvc_mlx.arrays import Array
 from rvc_mlx.audio import SAMPLE_RATE
 from rvc_mlx.machine import in_parallel
 
-LogMel = Callable[[np.ndarray, int], Array]  # as ``log_mel``
+LogMel = Callable[[Any, int], Array]  # as ``log_mel``, of samples where it computes
 
 N_FFT = 1024  # samples, also the window length
 HOP_LENGTH = 160  # samples: 100 frames per second

@@ -15,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import Array
+
 BLOCK = 1 << 18  # samples: 1 MiB of float32
 MEMORY = 32 << 20  # bytes of a recording kept in memory: 9 minutes at 16 kHz
 
@@ -182,6 +184,10 @@ class Spool:
         # than the range asked for.
         low = int(index.min())
         return self.read(low, int(index.max()) + 1)[index - low]
+
+    def part(self, start: int, stop: int) -> Array:
+        """``read_reflected``, where the samples are: for networks."""
+        return self.read_reflected(start, stop)
 
     def _mirrored_once(self, start: int, stop: int) -> np.ndarray:
         """``read_reflected`` of a range that leaves the array by less than its length."""

@@ -7,7 +7,7 @@ from scipy import signal
 
 from rvc_mlx import device_high_pass as module
 from rvc_mlx.audio import SETTLED, high_pass, high_pass_design
-from rvc_mlx.device_high_pass import device_high_pass
+from rvc_mlx.device_high_pass import DeviceSpool, device_high_pass
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.spool import Spool
 
@@ -61,12 +61,28 @@ def test_extended_ends_are_exact_in_two_arrays(rng):
     assert not rest[18:1018].any()
 
 
-def test_the_result_is_kept_as_the_source_is(rng, monkeypatch):
+def test_a_long_result_is_kept_as_the_source_is(rng, monkeypatch):
     monkeypatch.setattr(module, "_filtered", plain)
     with Spool(memory=0) as source:
         source.append(recording(rng, 100))
-        with device_high_pass(source) as got:
+        with device_high_pass(source, 60) as got:
             assert got._file
+        with device_high_pass(source, 100) as got:
+            assert isinstance(got, DeviceSpool)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"),
+    [(0, 50), (3, 40), (-20, 50), (7, 60), (-30, 95), (-49, 99), (-60, 10), (48, 130)],
+)
+def test_a_recording_on_the_device_is_read_there_as_on_the_host(rng, start, stop):
+    x = recording(rng, 50)
+    with Spool.around(x) as host, DeviceSpool(mx.array(x)) as device:
+        found = device.part(start, stop)
+        assert isinstance(found, mx.array)
+        np.testing.assert_array_equal(found, host.part(start, stop))
+        np.testing.assert_array_equal(device.read_reflected(start, stop), found)
+        assert [len(block) for block in device.blocks(20)] == [20, 20, 10]
 
 
 def test_nothing_is_refused():

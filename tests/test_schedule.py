@@ -9,6 +9,9 @@ import soundfile
 from tiny_models import narrow_refinegan
 
 from rvc_mlx import ConversionOptions
+from rvc_mlx.audio import high_pass_spool
+from rvc_mlx.device_high_pass import DeviceSpool
+from rvc_mlx.device_mel import device_log_mel
 from rvc_mlx.engine import MLXEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.noise import Noise
@@ -162,6 +165,30 @@ def test_a_pitch_net_knows_where_its_spectrograms_are_made(small_models):
     assert not PitchNet(weights, engine).on_device
     engine.log_mel = engine._log_mel
     assert PitchNet(weights, engine).on_device
+
+
+def test_what_is_filtered_on_the_device_stays_there(small_models, clips):
+    host = batching_converter(small_models, 1 << 30)
+    net = host.pitch_net
+    net.on_device, net.log_mel = True, device_log_mel
+    options = ConversionOptions(**OPTIONS)
+    expected = host.convert_many(clips, 16000, options)
+    device = batching_converter(small_models, 1 << 30)
+    device.pitch_net.on_device, device.pitch_net.log_mel = True, device_log_mel
+    heard = []
+
+    def on_device(source, *, gain):
+        with high_pass_spool(source, gain=gain) as filtered:
+            samples = mx.array(filtered.read(0, len(filtered)))
+        spool = DeviceSpool(samples)
+        heard.append(spool)
+        return spool
+
+    device._high_pass = on_device
+    found = device.convert_many(clips, 16000, options)
+    assert len(heard) == len(clips)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours.audio, theirs.audio)
 
 
 def test_an_empty_index_is_refused(small_models, clips, tmp_path):
