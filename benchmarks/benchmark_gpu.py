@@ -80,11 +80,15 @@ def time_cell(call: Callable[[], Any], runs: int, most: float) -> dict[str, Any]
     The first call, which may compile for long, does not count for ``most``.
     """
     samples: list[float] = []
-    while len(samples) <= runs and (len(samples) < 2 or sum(samples[1:]) < most):
-        gc.collect()
-        start = time.perf_counter()
-        result = call()
-        samples.append(time.perf_counter() - start)
+    gc.collect()
+    gc.disable()  # as timeit does; a collection before each call would empty the caches
+    try:
+        while len(samples) <= runs and (len(samples) < 2 or sum(samples[1:]) < most):
+            start = time.perf_counter()
+            result = call()
+            samples.append(time.perf_counter() - start)
+    finally:
+        gc.enable()
     cell = {"first_s": samples[0], **Timing(tuple(samples[1:])).as_dict()}
     return cell | {"finite": is_finite(result)}
 
