@@ -10,8 +10,9 @@ Three of them are worth it, for a recording of 30 seconds:
 * The positional convolution of 128 taps in 16 groups becomes one product a group, of
   windows that start every 8 frames.
 
-The other convolutions meet few lengths, because cuDNN plans each anew for each: they look
-ahead only, so that zeros behind the first one's frames make more frames, which go.
+cuDNN plans anew for each length, so it meets few. The other convolutions look ahead only:
+zeros behind the first one's frames make more frames, which go. Attention is told which
+frames are not there.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ _STEP = 8  # frames from one window of the positional convolution to the next
 def quicken(encoder: ContentVec) -> None:
     """Let a loaded encoder compute this way from now on."""
     encoder.feature_extractor = SteadyExtractor(encoder.feature_extractor)
-    encoder.encoder.pos_conv_embed = WindowedEmbedding(encoder.encoder.pos_conv_embed)
-    for layer in encoder.encoder.layers:
-        layer.attention = ShortAttention(layer.attention)
+    encoder.encoder = SteadyEncoder(encoder.encoder)
 
 
 class ShortAttention(nn.Module):
@@ -47,15 +46,44 @@ class ShortAttention(nn.Module):
         self.out_proj = attention.out_proj
         self._num_heads = attention._num_heads
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, F, C]`` to ``[B, F, C]``."""
+    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+        """``[B, F, C]`` to ``[B, F, C]``.
+
+        Args:
+            x: frames.
+            mask: ``[F]`` float32, added to the scores of each frame's attention.
+        """
         qkv = mx.addmm(self.bias, x, self.weight.T)
         if x.dtype == mx.float32:
             qkv = qkv.astype(mx.float16)
         qkv = mx.unflatten(qkv, -1, (3, self._num_heads, -1))
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, F, C / heads]
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5)
+        scale, mask = q.shape[-1] ** -0.5, mask.astype(q.dtype)[None, None, None]
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2).astype(x.dtype))
+
+
+class SteadyEncoder(nn.Module):
+    """``Encoder``, behind the embedding with frames up to a steady length."""
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.pos_conv_embed = WindowedEmbedding(encoder.pos_conv_embed)
+        self.layer_norm, self.layers = encoder.layer_norm, encoder.layers
+        for layer in self.layers:
+            layer.attention = ShortAttention(layer.attention)
+
+    def __call__(self, x: mx.array, num_layers: int) -> mx.array:
+        """See ``Encoder``."""
+        x = self.layer_norm(x + self.pos_conv_embed(x))
+        frames = x.shape[1]
+        behind = steady_length(frames, 8, _LARGEST_STEP) - frames
+        x = mx.pad(x, [(0, 0), (0, behind), (0, 0)])
+        mask = mx.where(mx.arange(x.shape[1]) < frames, 0.0, -mx.inf)
+        for layer in self.layers[:num_layers]:
+            x = layer.layer_norm(x + layer.attention(x, mask))
+            x = layer.final_layer_norm(x + layer.feed_forward(x))
+        return x[:, :frames]
 
 
 class SteadyExtractor(nn.Module):

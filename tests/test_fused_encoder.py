@@ -44,6 +44,26 @@ def test_features_are_the_plain_encoders(encoder, version, length):
     assert np.abs(quick - plain).max() < 2e-3 * np.abs(plain).max()
 
 
+def test_attention_meets_few_lengths_and_only_frames_that_are_there(
+    encoder, monkeypatch
+):
+    lengths = range(40000, 43000, 320)
+    plain = [encoder(audio(length)) for length in lengths]
+    fused_encoder.quicken(encoder)
+    attend, seen = mx.fast.scaled_dot_product_attention, set()
+
+    def watched(q, *given, **named):
+        seen.add(q.shape[2])
+        return attend(q, *given, **named)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", watched)
+    for length, expected in zip(lengths, plain, strict=True):
+        found = encoder(audio(length))
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
+    assert seen == {128, 144}
+
+
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
 def test_half_precision_stays_what_it_is(encoder, dtype):
     encoder.set_dtype(dtype)

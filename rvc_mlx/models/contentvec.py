@@ -258,7 +258,7 @@ class ContentVec(nn.Module):
         self.config = config
         self.feature_extractor: nn.Module = FeatureExtractor(config)
         self.feature_projection = FeatureProjection(config)
-        self.encoder = Encoder(config)
+        self.encoder: nn.Module = Encoder(config)
         if config.final_proj_size:
             self.final_proj = nn.Linear(config.hidden_size, config.final_proj_size)
         if config.bottleneck_size:
