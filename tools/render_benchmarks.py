@@ -39,8 +39,10 @@ activations have the scale of trained ones; time does not depend on the values.
   framework had allocated at most.
 - The H200 rows were measured on one GPU of a machine whose other GPUs trained voices or ran
   another benchmark: what waits for the host is slower there than on an idle machine, on
-  both sides. Only what a GPU is judged by has rows of an idle one, with 16 cores; many
-  clips were not measured on it.
+  both sides. Only what a GPU is judged by has rows of an idle one, with 16 cores.
+- There, *first* is the first conversion of a process. It compiles kernels that are not on
+  disk yet: in the run of all rows those of `f16` were not; the two rows of the other run
+  are of a later process.
 - Differences are absolute. The correlation is shown because others show it: it is
   nearly blind to errors.
 
