@@ -106,14 +106,17 @@ def neighbours(
 
 
 def together(arrays: Sequence[Array]) -> Array:
-    """Arrays ``[1, ...]`` of one shape as ``[B, ...]``; the same one again costs nothing."""
+    """Arrays ``[1, ...]`` of one shape as ``[B, ...]``; the same one again costs nothing.
+
+    On the device if one of them is there.
+    """
     first = arrays[0]
     if len(arrays) == 1:
         return first
-    xp = array_module(first)
+    xp = mx if any(isinstance(array, mx.array) for array in arrays) else np
     joined: Array
     if all(array is first for array in arrays):
         joined = xp.broadcast_to(first, (len(arrays), *first.shape[1:]))
     else:
-        joined = xp.concatenate(arrays)
+        joined = xp.concatenate([xp.asarray(array) for array in arrays])
     return joined

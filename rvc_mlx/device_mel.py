@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import Array, steady_length
+from rvc_mlx.arrays import Array, steady_length, zeros_behind
 from rvc_mlx.spectral import HOP_LENGTH, LOG_FLOOR, N_FFT, hann_window, mel_filters
 
 _LARGEST_STEP = 256  # frames between numbers of them
@@ -28,7 +28,8 @@ def device_log_mel(samples: Array, n_mels: int) -> mx.array:
     frames = (len(samples) - N_FFT) // HOP_LENGTH + 1
     # The transform is planned anew for each number of frames.
     steady = steady_length(frames, 1, _LARGEST_STEP)
-    longer = mx.pad(mx.array(samples), (0, (steady - frames) * HOP_LENGTH))
+    length = (steady - 1) * HOP_LENGTH + N_FFT
+    longer = zeros_behind(mx.array(samples)[None], length)[0]
     windows = mx.as_strided(longer, (steady, N_FFT), (HOP_LENGTH, 1))
     spectra = mx.fft.rfft(windows * mx.array(hann_window(N_FFT).astype(np.float32)))
     magnitudes = mx.sqrt(mx.square(spectra.real) + mx.square(spectra.imag))

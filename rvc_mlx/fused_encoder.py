@@ -77,8 +77,7 @@ class SteadyEncoder(nn.Module):
         """See ``Encoder``."""
         x = self.layer_norm(x + self.pos_conv_embed(x))
         frames = x.shape[1]
-        behind = steady_length(frames, 8, _LARGEST_STEP) - frames
-        x = mx.pad(x, [(0, 0), (0, behind), (0, 0)])
+        x = zeros_behind(x, steady_length(frames, 8, _LARGEST_STEP))
         mask = mx.where(mx.arange(x.shape[1]) < frames, 0.0, -mx.inf)
         for layer in self.layers[:num_layers]:
             x = layer.layer_norm(x + layer.attention(x, mask))

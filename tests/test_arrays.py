@@ -70,6 +70,9 @@ def test_arrays_are_joined_or_repeated(kind):
     assert np.array(together([x, y])).tolist() == [[1, 2], [3, 4]]
     assert np.array(together([x, x, x])).tolist() == [[1, 2]] * 3
     assert isinstance(together([x, y]), type(x))
+    mixed = together([np.array([[1, 2]]), mx.array([[3, 4]])])
+    assert isinstance(mixed, mx.array)
+    assert mixed.tolist() == [[1, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("least", [1, 32])

@@ -41,8 +41,8 @@ activations have the scale of trained ones; time does not depend on the values.
   another benchmark: what waits for the host is slower there than on an idle machine, on
   both sides. Only what a GPU is judged by has rows of an idle one, with 16 cores.
 - There, *first* is the first conversion of a process. It compiles kernels that are not on
-  disk yet: in the run of all rows those of `f16` were not; the two rows of the other run
-  are of a later process.
+  disk yet: of the two runs of one commit, that of all rows found none for `f16`; that of
+  two rows is of a later process, which found all.
 - Differences are absolute. The correlation is shown because others show it: it is
   nearly blind to errors.
 
