@@ -1,0 +1,80 @@
+"""The vocoder's residual blocks through the CUDA convolution are the blocks."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+
+from rvc_mlx import conv_kernel, fused_blocks
+from rvc_mlx.models.layers import ResBlock
+from rvc_mlx.models.nsf_hifigan import MRFBlock, average_blocks
+
+needs_gpu = pytest.mark.skipif(
+    not conv_kernel.supports(32, 3, mx.float32), reason="needs a CUDA GPU like an H100"
+)
+
+
+class Stage:
+    """A vocoder's one stage."""
+
+    def __init__(self, blocks: Sequence):
+        self._blocks = blocks
+
+    def stages(self):
+        return [(None, None, self._blocks)]
+
+
+def stage(channels, kind=ResBlock, dtype=mx.float32):
+    mx.random.seed(1)
+    blocks = [kind(channels, k, d) for k, d in ((3, (1, 3)), (7, (1, 5)), (11, (3,)))]
+    scale = 0.5 * channels**-0.5
+    for block in blocks:
+        block.update(
+            tree_map(lambda a: scale * mx.random.normal(a.shape), block.parameters())
+        )
+        block.set_dtype(dtype)
+    return blocks
+
+
+def leaky(x, slope):
+    return mx.maximum(x, slope * x)
+
+
+def plain_conv(
+    x, weight, bias, *, dilation, slope, residual=None, accumulate=None, scale=1
+):
+    kernel, output = weight
+    pad = (kernel.shape[1] - 1) // 2 * dilation
+    y = mx.conv1d(leaky(x, slope), kernel, padding=pad, dilation=dilation) + bias
+    added = [a for a in (residual, accumulate) if a is not None]
+    return leaky(sum(added, y) * scale, output.slope)
+
+
+@pytest.mark.parametrize("kind", [ResBlock, MRFBlock])
+def test_blocks_are_put_together_as_the_model_has_them(monkeypatch, kind):
+    monkeypatch.setattr(fused_blocks, "supports", lambda *_: True)
+    monkeypatch.setattr(
+        fused_blocks, "pack_weight", lambda w, *_, output, products=None: (w, output)
+    )
+    monkeypatch.setattr(fused_blocks, "fused_conv", plain_conv)
+    blocks = stage(32, kind)
+    x = mx.random.normal((2, 50, 32))
+    expected = np.array(average_blocks(x, blocks))
+    found = np.array(fused_blocks.FusedBlocks(Stage(blocks))(x, blocks))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
+@pytest.mark.parametrize("channels", [32, 128, 256])
+def test_blocks_on_a_gpu_are_the_models(channels, dtype):
+    blocks = stage(channels, dtype=dtype)
+    x = mx.random.normal((2, 777, channels)).astype(dtype)
+    fused = fused_blocks.FusedBlocks(Stage(blocks))(x, blocks)
+    expected = average_blocks(x, blocks).astype(mx.float32)
+    difference = mx.abs(fused.astype(mx.float32) - expected).max()
+    error = (difference / mx.abs(expected).max()).item()
+    assert error < (2e-2 if dtype == mx.bfloat16 else 5e-3)
