@@ -51,16 +51,20 @@ class ShortAttention(nn.Module):
 
         Args:
             x: frames.
-            mask: ``[F]`` float32, added to the scores of each frame's attention.
+            mask: ``[1, 1, 1, F]`` of the type of the factors, added to the scores of each
+                frame's attention.
         """
-        qkv = mx.addmm(self.bias, x, self.weight.T)
-        if x.dtype == mx.float32:
-            qkv = qkv.astype(mx.float16)
+        qkv = mx.addmm(self.bias, x, self.weight.T).astype(_factors(x.dtype))
         qkv = mx.unflatten(qkv, -1, (3, self._num_heads, -1))
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, F, C / heads]
-        scale, mask = q.shape[-1] ** -0.5, mask.astype(q.dtype)[None, None, None]
+        scale = q.shape[-1] ** -0.5
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
         return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2).astype(x.dtype))
+
+
+def _factors(dtype: mx.Dtype) -> mx.Dtype:
+    """The type in which attention multiplies numbers of this type."""
+    return mx.float16 if dtype == mx.float32 else dtype
 
 
 class SteadyEncoder(nn.Module):
@@ -79,6 +83,7 @@ class SteadyEncoder(nn.Module):
         frames = x.shape[1]
         x = zeros_behind(x, steady_length(frames, 8, _LARGEST_STEP))
         mask = mx.where(mx.arange(x.shape[1]) < frames, 0.0, -mx.inf)
+        mask = mask.astype(_factors(x.dtype))[None, None, None]  # once for all layers
         for layer in self.layers[:num_layers]:
             x = layer.layer_norm(x + layer.attention(x, mask))
             x = layer.final_layer_norm(x + layer.feed_forward(x))
