@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_map
 
 from rvc_mlx import conv_kernel, fused_blocks
-from rvc_mlx.models.layers import ResBlock
+from rvc_mlx.models.layers import ResBlock, leaky_relu
 from rvc_mlx.models.nsf_hifigan import MRFBlock, average_blocks
 
 needs_gpu = pytest.mark.skipif(
@@ -38,18 +38,14 @@ def stage(channels, kind=ResBlock, dtype=mx.float32):
     return blocks
 
 
-def leaky(x, slope):
-    return mx.maximum(x, slope * x)
-
-
 def plain_conv(
     x, weight, bias, *, dilation, slope, residual=None, accumulate=None, scale=1
 ):
     kernel, output = weight
     pad = (kernel.shape[1] - 1) // 2 * dilation
-    y = mx.conv1d(leaky(x, slope), kernel, padding=pad, dilation=dilation) + bias
+    y = mx.conv1d(leaky_relu(x, slope), kernel, padding=pad, dilation=dilation) + bias
     added = [a for a in (residual, accumulate) if a is not None]
-    return leaky(sum(added, y) * scale, output.slope)
+    return leaky_relu(sum(added, y) * scale, output.slope)
 
 
 @pytest.mark.parametrize("kind", [ResBlock, MRFBlock])
