@@ -2,7 +2,8 @@
 
 One launch computes ``(conv(leaky_relu(x)) + bias + residual + accumulate) * scale``,
 rectified once more if asked, on tensor cores: bfloat16 and float16 as they are, float32
-arrays as TF32 or as float16. A block of threads keeps its input rows, activated, in
+arrays as TF32 or as float16. Or, up to 128 channels, a whole step of a block, two of them:
+what lies between stays in shared memory. A block of threads keeps its input rows, activated, in
 shared memory. They serve every tap, shifted by the dilation, while the weights stream
 through a ring of stages beside them::
 
@@ -10,6 +11,9 @@ through a ring of stages beside them::
     tap 0 reads             [0 ............ M)
     tap t reads                  [t * dilation ............ t * dilation + M)
     M outputs                           [PAD .............. PAD + M)
+
+In a step the first convolution's outputs take the place of the rows that it has read. The
+second then has its M outputs, too; those whose taps reach beyond are left to neighbours.
 
 ``ldmatrix`` moves pieces of 8 rows by 16 bytes, and a fragment of m16n8k8 (TF32) has the
 same bytes in the same lanes as one of m16n8k16 (16 bits), so only the product itself
@@ -29,6 +33,8 @@ from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
 
 MAX_SHARED_MEMORY = 227 * 1024  # bytes, of one block on an H100 or H200
 CHANNELS = (16, 32, 64, 128, 256)
+WIDEST_STEP = 128  # channels of which a block makes all: the next product sees them
+LONGEST_STEP = 31  # taps; of more, a block would make too much for its neighbours
 DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 _USUAL_HALO = 50  # positions: 11 taps, 5 apart
@@ -150,8 +156,9 @@ extern __shared__ __align__(16) unsigned char shared[];
 
 const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 const int pad = (taps - 1) / 2 * dilation, rows = M + 2 * pad;
+const int margin = TWICE ? (taps - 1) / 2 : 0, own = M - 2 * margin;  // outputs of a block
 const int first_column = blockIdx.x % (CHANNELS / N) * N;
-const int first_row = blockIdx.x / (CHANNELS / N) * M;
+const int first_row = blockIdx.x / (CHANNELS / N) * own - margin;
 const size_t batch_row = (size_t)blockIdx.y * L;
 const unsigned x_shared = shared_address(shared);
 const unsigned w_shared = x_shared + rows * X_STRIDE;
@@ -173,7 +180,7 @@ auto fetch = [&]() {
         next_depth += DEPTH;
         if (next_depth == CHUNK) {
             next_depth = 0;
-            if (++next_tap == taps) {
+            if (++next_tap == (TWICE ? 2 : 1) * taps) {
                 next_tap = 0;
                 next_chunk += CHUNK;
             }
@@ -210,26 +217,25 @@ const unsigned a_lane = x_shared + (warp_row + lane % 16) * X_STRIDE + lane / 16
 const unsigned b_lane = w_shared +
     (warp_column + lane / 16 * 8 + lane % 8) * W_STRIDE + lane / 8 % 2 * 16;
 float sum[MT][NT][4];
-#pragma unroll
-for (int m = 0; m < MT; m++)
+const auto clear = [&]() {
     #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int m = 0; m < MT; m++)
         #pragma unroll
-        for (int e = 0; e < 4; e++) sum[m][n][e] = 0.f;
+        for (int n = 0; n < NT; n++)
+            #pragma unroll
+            for (int e = 0; e < 4; e++) sum[m][n][e] = 0.f;
+};
 
 #pragma unroll
 for (int i = 0; i < STAGES - 1; i++) fetch();
 int stage = 0;
-#pragma unroll 1
-for (int chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
-    if (chunk > 0) __syncthreads();
-    load_chunk(chunk);
+const auto multiply = [&](int apart) {
     #pragma unroll 1
     for (int step = 0; step < taps * (CHUNK / DEPTH); step++) {
         wait<STAGES - 2>();
         __syncthreads();
         fetch();
-        const unsigned a = a_lane + step / (CHUNK / DEPTH) * dilation * X_STRIDE +
+        const unsigned a = a_lane + step / (CHUNK / DEPTH) * apart * X_STRIDE +
                            step % (CHUNK / DEPTH) * (DEPTH * BYTES);
         const unsigned b = b_lane + stage * (N * W_STRIDE);
         if (++stage == STAGES) stage = 0;
@@ -247,6 +253,39 @@ for (int chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
                     mma(P(), sum[m][n], A[m], B[n / 2][n % 2 * 2], B[n / 2][n % 2 * 2 + 1]);
         }
     }
+};
+
+clear();
+#pragma unroll 1
+for (int chunk = 0; chunk < CHANNELS; chunk += CHUNK) {
+    if (chunk > 0) __syncthreads();
+    load_chunk(chunk);
+    multiply(dilation);
+}
+if constexpr (TWICE) {
+    constexpr int VECTOR = INNER_GROUP * 2;
+    struct alignas(VECTOR * sizeof(P)) Vector { P v[VECTOR]; };
+    __syncthreads();
+    #pragma unroll
+    for (int q = 0; q < NT / INNER_GROUP; q++) {
+        const int column = warp_column + q * (INNER_GROUP * 8) + lane % 4 * VECTOR;
+        #pragma unroll
+        for (int r = 0; r < MT * 2; r++) {
+            const int row = warp_row + r * 8 + lane / 4, position = first_row + row;
+            const bool inside = position >= 0 && position < L;  // else it is padding
+            Vector between;
+            #pragma unroll
+            for (int e = 0; e < VECTOR; e++) {
+                float v = sum[r / 2][q * INNER_GROUP + e / 2][r % 2 * 2 + e % 2];
+                v = rectified(v + inner_bias[column + e], slope);
+                v = sizeof(P) < sizeof(T) ? in_range(v) : v;
+                between.v[e] = P(inside ? v : 0.f);
+            }
+            *(Vector*)(shared + row * X_STRIDE + column * BYTES) = between;
+        }
+    }
+    clear();
+    multiply(1);  // begins with a barrier
 }
 
 // The packed weights are ordered so that a lane holds VECTOR neighbouring channels.
@@ -260,8 +299,9 @@ for (int q = 0; q < NT / GROUP; q++) {
     for (int e = 0; e < VECTOR; e++) offset[e] = bias[column + e];
     #pragma unroll
     for (int r = 0; r < MT * 2; r++) {
-        const int position = first_row + warp_row + r * 8 + lane / 4;
-        if (position >= L) continue;
+        const int row = warp_row + r * 8 + lane / 4;
+        const int position = first_row + margin + row;
+        if (row >= own || position >= L) continue;
         const size_t at = (batch_row + position) * CHANNELS + column;
         Vector added, total, result;
         if (has_residual) added = *(const Vector*)(residual + at);
@@ -281,7 +321,7 @@ for (int q = 0; q < NT / GROUP; q++) {
 
 _KERNEL = CudaKernel(
     "fused_conv",
-    ("x", "weight", "bias", "residual", "accumulate"),
+    ("x", "weight", "bias", "residual", "accumulate", "inner_bias"),
     ("y",),
     _SOURCE,
     (
@@ -319,7 +359,7 @@ class Tile:
 
     @property
     def positions(self) -> int:
-        """Output positions of a block."""
+        """Positions whose products a block makes."""
         return self.warps_m * self.mt * 16
 
     @property
@@ -364,6 +404,23 @@ class PackedWeight:
     array: mx.array
     tile: Tile
     output: Output
+
+
+@dataclass(frozen=True)
+class PackedStep:
+    """A step of a residual block.
+
+    Attributes:
+        weight: of both convolutions, one behind the other, ``[2 k, C, C]``.
+        bias: of the first and of the second, ``[C]`` float32.
+        dilation: of the first.
+        slope: of the leaky rectifiers in front of both.
+    """
+
+    weight: PackedWeight
+    bias: tuple[mx.array, mx.array]
+    dilation: int
+    slope: float
 
 
 def supports(channels: int, taps: int, dtype: mx.Dtype) -> bool:
@@ -460,6 +517,82 @@ def pack_weight(
     return PackedWeight(w, tile or default_tile(C, products, dtype), output)
 
 
+def pack_step(
+    weights: tuple[mx.array, mx.array],
+    biases: tuple[mx.array, mx.array],
+    dtype: mx.Dtype,
+    dilation: int,
+    slope: float,
+    tile: Tile | None = None,
+) -> PackedStep:
+    """A step of a residual block, for ``fused_step``.
+
+    Args:
+        weights: of the first convolution and of the second, ``[C, k, C]``.
+        biases: likewise, ``[C]``.
+        dtype: of the input; float32 is multiplied in float16.
+        dilation: of the first.
+        slope: of the leaky rectifiers in front of both, above 0.
+        tile: the default one if None.
+
+    Raises:
+        ValueError: such convolutions do not go together.
+    """
+    C, taps, _ = shape = weights[0].shape
+    alike = weights[1].shape == shape and biases[0].shape == biases[1].shape == (C,)
+    if not alike or C > WIDEST_STEP or taps > LONGEST_STEP:
+        raise ValueError(
+            f"weights are {shape} and {weights[1].shape}, biases {biases[0].shape} and "
+            f"{biases[1].shape}; want two of one shape, with {WIDEST_STEP} channels and "
+            f"{LONGEST_STEP} taps at most"
+        )
+    products = mx.float16 if dtype == mx.float32 else dtype
+    tile = tile or candidate_tiles(C, products)[0]
+    if (tile.columns, tile.chunk) != (C, C * products.size):
+        raise ValueError(f"{tile} does not take all of {C} channels at once")
+    parts = [
+        pack_weight(weight, dtype, tile, products, Output(out)).array
+        for weight, out in zip(weights, (products, dtype), strict=True)
+    ]
+    packed = PackedWeight(mx.concatenate(parts), tile, Output(dtype))
+    first, second = (bias.astype(mx.float32) for bias in biases)
+    return PackedStep(packed, (first, second), dilation, slope)
+
+
+def fused_step(
+    x: mx.array,
+    step: PackedStep,
+    accumulate: mx.array | None = None,
+    scale: float = 1.0,
+) -> mx.array:
+    """``(x + conv2(leaky_relu(conv1(leaky_relu(x)))) + accumulate) * scale``.
+
+    What is between is rounded as products want it; sums and additions are in float32.
+
+    Args:
+        x: ``[B, L, C]`` float32, bfloat16 or float16.
+        step: From ``pack_step``, for the dtype of ``x``.
+        accumulate: as ``x``, added.
+        scale: Multiplies everything.
+
+    Returns:
+        As ``x``.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit, or a block needs too much memory.
+    """
+    return _launch(
+        x,
+        step.weight,
+        step.bias[1],
+        dilation=step.dilation,
+        slope=step.slope,
+        added=(x, accumulate),
+        scale=scale,
+        inner_bias=step.bias[0],
+    )
+
+
 def fused_conv(
     x: mx.array,
     weight: PackedWeight,
@@ -492,30 +625,59 @@ def fused_conv(
     Raises:
         ValueError: Shapes or dtypes do not fit, or a block needs too much memory.
     """
-    _check(x, weight, bias, [a for a in (residual, accumulate) if a is not None])
-    B, L, C = x.shape
-    taps, tile = weight.array.shape[0], weight.tile
+    return _launch(
+        x,
+        weight,
+        bias.astype(mx.float32),
+        dilation=dilation,
+        slope=slope,
+        added=(residual, accumulate),
+        scale=scale,
+    )
+
+
+def _launch(
+    x: mx.array,
+    weight: PackedWeight,
+    bias: mx.array,
+    *,
+    dilation: int,
+    slope: float,
+    added: tuple[mx.array | None, mx.array | None],
+    scale: float,
+    inner_bias: mx.array | None = None,
+) -> mx.array:
+    """A convolution, or with ``inner_bias`` a step."""
+    _check(x, weight, bias, [a for a in added if a is not None])
+    (B, L, C), step = x.shape, inner_bias is not None
+    taps, tile = weight.array.shape[0] // (2 if step else 1), weight.tile
     memory = tile.shared_memory(taps, dilation)
     if memory > MAX_SHARED_MEMORY:
         raise ValueError(
             f"{tile} needs {memory} bytes of shared memory at {taps} taps, dilation "
             f"{dilation}; a block has {MAX_SHARED_MEMORY}"
         )
-    added = residual is not None, accumulate is not None
     nothing = x if x.dtype == weight.output.dtype else mx.zeros((), weight.output.dtype)
-    blocks = -(-L // tile.positions) * (C // tile.columns)
+    positions = tile.positions - (taps - 1 if step else 0)
+    blocks = -(-L // positions) * (C // tile.columns)
     (y,) = _KERNEL(
         [
             x,
             weight.array,
-            bias.astype(mx.float32),
-            nothing if residual is None else residual,
-            nothing if accumulate is None else accumulate,
+            bias,
+            *(nothing if a is None else a for a in added),
+            bias if inner_bias is None else inner_bias,
         ],
         [(x.shape, weight.output.dtype)],
         Grid(blocks, tile.threads, B, memory),
-        scalars=[L, taps, dilation, *added, slope, scale, weight.output.slope],
-        constants=_constants(x.dtype, weight.array.dtype, C, tile, weight.output.dtype),
+        scalars=[
+            *(L, taps, dilation),
+            *(a is not None for a in added),
+            *(slope, scale, weight.output.slope),
+        ],
+        constants=_constants(
+            x.dtype, weight.array.dtype, C, tile, weight.output.dtype, step
+        ),
     )
     return y
 
@@ -531,6 +693,7 @@ def _constants(
     channels: int,
     tile: Tile,
     out_dtype: mx.Dtype | None = None,
+    step: bool = False,
 ) -> dict[str, Constant]:
     """What the kernel is compiled for; the rest is told at run time."""
     return {
@@ -547,6 +710,8 @@ def _constants(
         "STAGES": tile.stages,
         "BATCH": tile.batch,
         "GROUP": _group(channels, out_dtype or dtype),
+        "TWICE": step,
+        "INNER_GROUP": _group(channels, products),
     }
 
 

@@ -1,63 +1,77 @@
 """The residual blocks of a HiFi-GAN vocoder through the hand-written CUDA convolution.
 
-A step of a block is ``x + conv2(leaky_relu(conv1(leaky_relu(x))))``: two launches instead
-of two convolutions and five element-wise passes. The mean over the blocks of a stage
+A step of a block is ``x + conv2(leaky_relu(conv1(leaky_relu(x))))``: one launch, or two
+above 128 channels, instead of two convolutions and five element-wise passes. The mean over the blocks of a stage
 rides on the last launch of each block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx.conv_kernel import Output, PackedWeight, fused_conv, pack_weight, supports
+from rvc_mlx.conv_kernel import (
+    LONGEST_STEP,
+    WIDEST_STEP,
+    Output,
+    fused_conv,
+    fused_step,
+    pack_step,
+    pack_weight,
+    supports,
+)
 from rvc_mlx.models.layers import LRELU_SLOPE, ResBlock
 from rvc_mlx.models.nsf_hifigan import HiFiGAN, MRFBlock, average_blocks
 
+Step = Callable[..., mx.array]
 
-@dataclass(frozen=True)
-class _Convolution:
-    weight: PackedWeight
-    bias: mx.array
-    dilation: int
-    slope: float
+
+class _TwoLaunches:
+    """A step that is too wide for one.
+
+    What is between the convolutions is rectified by the first. The second multiplies it in
+    float16 where arrays are float32: so it is kept.
+    """
+
+    def __init__(self, first: nn.Conv1d, second: nn.Conv1d):
+        dtype = first.weight.dtype
+        inner = mx.float16 if dtype == mx.float32 else dtype
+        rectified = Output(inner, LRELU_SLOPE)
+        self._layers = first, second
+        self._first = pack_weight(first.weight, dtype, products=inner, output=rectified)
+        self._second = pack_weight(second.weight, inner, output=Output(dtype))
 
     def __call__(
-        self,
-        x: mx.array,
-        residual: mx.array | None = None,
-        accumulate: mx.array | None = None,
-        scale: float = 1.0,
+        self, x: mx.array, accumulate: mx.array | None = None, scale: float = 1.0
     ) -> mx.array:
+        first, second = self._layers
+        between = fused_conv(
+            x, self._first, first.bias, dilation=first.dilation, slope=LRELU_SLOPE
+        )
         return fused_conv(
-            x,
-            self.weight,
-            self.bias,
-            dilation=self.dilation,
-            slope=self.slope,
-            residual=residual,
+            between,
+            self._second,
+            second.bias,
+            dilation=second.dilation,
+            slope=1.0,
+            residual=x,
             accumulate=accumulate,
             scale=scale,
         )
 
 
-def _step(first: nn.Conv1d, second: nn.Conv1d) -> tuple[_Convolution, _Convolution]:
-    """A step's convolutions; what is between them is rectified by the first.
-
-    The second multiplies it in float16 where arrays are float32: so it is kept.
-    """
-    dtype = first.weight.dtype
-    inner = mx.float16 if dtype == mx.float32 else dtype
-    rectified = Output(inner, LRELU_SLOPE)
-    packed = pack_weight(first.weight, dtype, products=inner, output=rectified)
-    again = pack_weight(second.weight, inner, output=Output(dtype))
-    return (
-        _Convolution(packed, first.bias, first.dilation, LRELU_SLOPE),
-        _Convolution(again, second.bias, second.dilation, 1.0),
-    )
+def _step(first: nn.Conv1d, second: nn.Conv1d) -> Step:
+    """A step of ``[B, L, C]``, what is added to it, and a factor."""
+    weights = first.weight, second.weight
+    channels, taps, _ = weights[0].shape
+    if channels > WIDEST_STEP or taps > LONGEST_STEP or second.dilation > 1:
+        return _TwoLaunches(first, second)
+    biases, dtype = (first.bias, second.bias), weights[0].dtype
+    packed = pack_step(weights, biases, dtype, first.dilation, LRELU_SLOPE)
+    return partial(fused_step, step=packed)
 
 
 def _pairs(block: nn.Module) -> list[tuple[nn.Conv1d, nn.Conv1d]]:
@@ -71,7 +85,7 @@ class FusedBlocks:
     """``average_blocks`` for the blocks of one vocoder, in its weights' type."""
 
     def __init__(self, vocoder: HiFiGAN):
-        self._steps: dict[int, list[tuple[_Convolution, _Convolution]]] = {}
+        self._steps: dict[int, list[Step]] = {}
         for _, _, blocks in vocoder.stages():
             for block in blocks:
                 pairs = _pairs(block)
@@ -84,12 +98,12 @@ class FusedBlocks:
             return average_blocks(x, blocks)  # of a width that the kernel has not
         total: mx.array | None = None
         for block in blocks:
-            *inner, (dilated, plain) = self._steps[id(block)]
+            *others, last = self._steps[id(block)]
             y = x
-            for first, second in inner:
-                y = second(first(y), residual=y)
+            for step in others:
+                y = step(y)
             scale = 1 / len(blocks) if block is blocks[-1] else 1.0
-            total = plain(dilated(y), residual=y, accumulate=total, scale=scale)
+            total = last(y, accumulate=total, scale=scale)
         assert total is not None
         return total
 

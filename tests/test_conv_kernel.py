@@ -250,8 +250,8 @@ template <class V> std::vector<V> read_array(const char* path, size_t extra = 0)
 
 _MAIN = r"""
 void kernel(const T* x, const P* weight, const float* bias, const R* residual,
-            const R* accumulate, R* y, int L, int taps, int dilation, int has_residual,
-            int has_accumulate, float slope, float scale, float out_slope) {
+            const R* accumulate, const float* inner_bias, R* y, int L, int taps,
+            int dilation, int has_residual, int has_accumulate, float slope, float scale, float out_slope) {
 %s
 }
 int main(int, char** arguments) {
@@ -260,12 +260,12 @@ int main(int, char** arguments) {
     auto x = read_array<T>("x");
     auto weight = read_array<P>("weight");
     auto residual = read_array<R>("residual"), accumulate = read_array<R>("accumulate");
-    auto bias = read_array<float>("bias");
+    auto bias = read_array<float>("bias"), inner_bias = read_array<float>("inner_bias");
     auto numbers = read_array<float>("numbers");  // slope, scale, out_slope
     std::vector<R> y(x.size(), R(NAN));
     body = [&] {
         kernel(x.data(), weight.data(), bias.data(), residual.data(), accumulate.data(),
-               y.data(), shape[1], shape[3], shape[2], true, true, numbers[0], numbers[1],
+               inner_bias.data(), y.data(), shape[1], shape[3], shape[2], true, true, numbers[0], numbers[1],
                numbers[2]);
     };
     for (unsigned b = 0; b < (unsigned)shape[0]; b++)
@@ -326,29 +326,40 @@ def bits(a):
     return np.array(a.view(mx.uint16) if a.dtype == mx.bfloat16 else a)
 
 
-def on_processor(
+def convolution_on_processor(
     folder, arrays, *, dilation, slope, scale, out_slope, tile, products, out_dtype
+):
+    """See ``on_processor``."""
+    x = arrays["x"]
+    L, C, k = *x.shape[1:], arrays["weight"].shape[1]
+    packed = pack_weight(
+        arrays["weight"], x.dtype, tile, products, Output(out_dtype, out_slope)
+    ).array
+    given = {**arrays, "weight": packed, "inner_bias": arrays["bias"]}
+    blocks = -(-L // tile.positions) * (C // tile.columns)
+    numbers = [slope, scale, out_slope]
+    return on_processor(folder, given, k, dilation, blocks, numbers, tile, out_dtype)
+
+
+def on_processor(
+    folder, arrays, k, dilation, blocks, numbers, tile, out_dtype, step=False
 ):
     """Run the kernel's source, block after block, as ``_CUDA_ON_PROCESSOR`` has it.
 
     Twice: with asynchronous copies made at once, and as late as the kernel allows.
     """
-    x = arrays["x"]
-    dtype, (B, L, C), k = x.dtype, x.shape, arrays["weight"].shape[1]
+    x, products = arrays["x"], arrays["weight"].dtype
+    dtype, (B, L, C) = x.dtype, x.shape
     memory = tile.shared_memory(k, dilation)
-    blocks = -(-L // tile.positions) * (C // tile.columns)
-    packed = pack_weight(
-        arrays["weight"], dtype, tile, products, Output(out_dtype, out_slope)
-    ).array
-    for name, a in {**arrays, "weight": packed}.items():
+    for name, a in arrays.items():
         bits(a).tofile(folder / name)
     np.array([B, L, dilation, k, blocks], np.int32).tofile(folder / "shape")
-    np.array([slope, scale, out_slope], np.float32).tofile(folder / "numbers")
-    constants = conv_kernel._constants(dtype, products, C, tile, out_dtype)
+    np.array(numbers, np.float32).tofile(folder / "numbers")
+    constants = conv_kernel._constants(dtype, products, C, tile, out_dtype, step)
     constants["SHARED_MEMORY"] = memory
     lines = [_CUDA_ON_PROCESSOR]
     lines += [f"using {name} = {_TYPES[constants.pop(name)]};" for name in "TPR"]
-    lines += [f"constexpr int {name} = {value};" for name, value in constants.items()]
+    lines += [f"constexpr int {name} = {int(n)};" for name, n in constants.items()]
     source = conv_kernel._SOURCE.replace(
         "extern __shared__ __align__(16) unsigned char shared[];",
         "unsigned char* shared = memory_of_block;",
@@ -394,9 +405,77 @@ def test_the_source_convolves(
     kinds = {"products": products, "out_dtype": out_dtype}
     with mx.stream(mx.cpu):
         wanted = expected(**arrays, **options)
-        for y in on_processor(tmp_path, arrays, **options, tile=tile, **kinds):
+        for y in convolution_on_processor(
+            tmp_path, arrays, **options, tile=tile, **kinds
+        ):
             # Ten bits of fraction in TF32 and float16, seven in bfloat16.
             assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 1e-3)
+
+
+def step_operands(B, L, C, k, dtype):
+    """Input, two weights, two biases and an array to add."""
+    x, weight, bias, _, accumulate = operands(B, L, C, k, dtype).values()
+    _, again, second_bias, _, _ = operands(1, 1, C, k, dtype).values()
+    return x, (weight, again), (bias, second_bias), accumulate
+
+
+def expected_step(x, weights, biases, accumulate, *, dilation, slope, scale):
+    """The same with MLX's convolutions, what is between rounded as products want it."""
+    y = expected(
+        x, weights[0], biases[0], dilation=dilation, slope=slope, out_slope=slope
+    )
+    y = y.astype(mx.float16 if x.dtype == mx.float32 else x.dtype)
+    added = {"residual": x, "accumulate": accumulate, "scale": scale}
+    return expected(y, weights[1], biases[1], dilation=1, slope=1, **added)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "dilation", "tile"),
+    [
+        ((2, 41, 16, 3), 3, Tile(2, 1, 1, 2, 32, 32, 2)),
+        ((1, 75, 32, 7), 5, Tile(1, 1, 2, 4, 64, 32, 3)),
+        ((1, 70, 64, 3), 1, Tile(2, 2, 1, 4, 128, 64, 4)),
+    ],
+)
+@pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
+def test_the_source_makes_a_step(tmp_path, dtype, shape, dilation, tile):
+    x, weights, biases, accumulate = step_operands(*shape, dtype)
+    options = {"dilation": dilation, "slope": 0.1}
+    step = conv_kernel.pack_step(weights, biases, dtype, **options, tile=tile)
+    given = {
+        "x": x,
+        "weight": step.weight.array,
+        "residual": x,
+        "accumulate": accumulate,
+    }
+    given |= {"inner_bias": step.bias[0], "bias": step.bias[1]}
+    L, k, numbers = shape[1], shape[3], [0.1, 1 / 3, 1.0]
+    blocks = -(-L // (tile.positions - k + 1))
+    made = on_processor(
+        tmp_path, given, k, dilation, blocks, numbers, tile, dtype, step=True
+    )
+    with mx.stream(mx.cpu):
+        wanted = expected_step(x, weights, biases, accumulate, **options, scale=1 / 3)
+        for y in made:
+            assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 1e-3)
+
+
+def test_steps_that_do_not_go_together_are_refused():
+    one, bias = mx.zeros((32, 3, 32)), mx.zeros((32,))
+    for *weights, other in (
+        (mx.zeros((256, 3, 256)), mx.zeros((256, 3, 256)), mx.zeros((256,))),
+        (one, mx.zeros((32, 5, 32)), bias),
+        (mx.zeros((32, 33, 32)), mx.zeros((32, 33, 32)), bias),
+        (one, one, mx.zeros((16,))),
+    ):
+        with pytest.raises(ValueError, match="want two of one shape, with 128"):
+            conv_kernel.pack_step(weights, (other, bias), mx.float16, 1, 0.1)
+    tile = Tile(2, 2, 1, 2, 64, 64, 2)  # half of the input channels at a time
+    weights, biases = 2 * (mx.zeros((64, 3, 64)),), 2 * (mx.zeros((64,)),)
+    with pytest.raises(ValueError, match="does not take all of 64 channels"):
+        conv_kernel.pack_step(weights, biases, mx.float16, 1, 0.1, tile)
 
 
 @pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
@@ -482,3 +561,19 @@ def test_convolution_into_another_type(channels, kinds):
     y = fused_conv(**{**arrays, "weight": weight}, **options)
     assert y.dtype == out_dtype
     assert error(y, wanted) < 2e-3
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
+@pytest.mark.parametrize(("k", "dilation"), [(3, 1), (7, 3), (11, 5)])
+@pytest.mark.parametrize("channels", [c for c in conv_kernel.CHANNELS if c <= 128])
+def test_a_step_equals_mlx(channels, k, dilation, dtype):
+    x, weights, biases, accumulate = step_operands(2, 777, channels, k, dtype)
+    options = {"dilation": dilation, "slope": 0.1}
+    with mx.stream(mx.cpu):
+        wanted = expected_step(x, weights, biases, accumulate, **options, scale=1 / 3)
+        mx.eval(wanted)
+    step = conv_kernel.pack_step(weights, biases, dtype, **options)
+    y = conv_kernel.fused_step(x, step, accumulate, 1 / 3)
+    assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 2e-3)

@@ -44,8 +44,16 @@ def convolutions():
         for channels in conv_kernel.CHANNELS:
             tile = conv_kernel.default_tile(channels, products, dtype)
             constants = conv_kernel._constants(dtype, products, channels, tile, out)
-            inputs = (dtype, products, F32, out, out)
+            inputs = (dtype, products, F32, out, out, F32)
             yield conv_kernel._KERNEL, inputs, (out,), constants
+    for dtype, products in ((F32, F16), (F16, F16), (BF16, BF16)):
+        for channels in (c for c in conv_kernel.CHANNELS if c <= 128):
+            tile = conv_kernel.candidate_tiles(channels, products)[0]
+            constants = conv_kernel._constants(
+                dtype, products, channels, tile, dtype, step=True
+            )
+            inputs = (dtype, products, F32, dtype, dtype, F32)
+            yield conv_kernel._KERNEL, inputs, (dtype,), constants
 
 
 def others():

@@ -48,17 +48,32 @@ def plain_conv(
     return leaky_relu(sum(added, y) * scale, output.slope)
 
 
+def plain_step(x, step, accumulate=None, scale=1.0):
+    (first, second), (bias, last), _, dilation, slope = step
+    plain, rectified = conv_kernel.Output(x.dtype), conv_kernel.Output(x.dtype, slope)
+    y = plain_conv(x, (first, rectified), bias, dilation=dilation, slope=slope)
+    added = {"residual": x, "accumulate": accumulate, "scale": scale}
+    return plain_conv(y, (second, plain), last, dilation=1, slope=1, **added)
+
+
 @pytest.mark.parametrize("kind", [ResBlock, MRFBlock])
-def test_blocks_are_put_together_as_the_model_has_them(monkeypatch, kind):
+@pytest.mark.parametrize(("channels", "steps"), [(32, 5), (256, 0)])
+def test_blocks_are_put_together_as_the_model_has_them(
+    monkeypatch, channels, steps, kind
+):
+    made = []
     monkeypatch.setattr(fused_blocks, "supports", lambda *_: True)
     monkeypatch.setattr(
         fused_blocks, "pack_weight", lambda w, *_, output, products=None: (w, output)
     )
+    monkeypatch.setattr(fused_blocks, "pack_step", lambda *a: made.append(a) or a)
     monkeypatch.setattr(fused_blocks, "fused_conv", plain_conv)
-    blocks = stage(32, kind)
-    x = mx.random.normal((2, 50, 32))
+    monkeypatch.setattr(fused_blocks, "fused_step", plain_step)
+    blocks = stage(channels, kind)
+    x = mx.random.normal((2, 50, channels))
     expected = np.array(average_blocks(x, blocks))
     found = np.array(fused_blocks.FusedBlocks(Stage(blocks))(x, blocks))
+    assert len(made) == steps
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
