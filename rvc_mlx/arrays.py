@@ -40,6 +40,11 @@ def to_host(x: Array) -> np.ndarray:
     return np.asarray(x)
 
 
+def begin(*arrays: Array) -> None:
+    """Queue what a device has to compute for these; the host's are there."""
+    mx.async_eval(*(array for array in arrays if isinstance(array, mx.array)))
+
+
 def steady_length(n: int, least: int, most: int) -> int:
     """``n`` rounded up a little, so that lengths near one another share one length.
 

@@ -16,6 +16,7 @@ import numpy as np
 from rvc_mlx.arrays import (
     Array,
     array_module,
+    begin,
     neighbours,
     one_ahead,
     reflected,
@@ -57,14 +58,32 @@ def decode_salience(
 
     Source: RMVPE ``to_local_average_cents``.
     """
-    xp = array_module(salience)
+    return begin_decoding(salience, threshold)()
+
+
+def begin_decoding(
+    salience: Array, threshold: float = VOICING_THRESHOLD
+) -> Callable[[], np.ndarray]:
+    """Begin ``decode_salience`` where the salience is; what waits for it, and its result.
+
+    A device does it before what it is given next.
+    """
+    xp, bins = array_module(salience), salience.shape[1]
     near = xp.argmax(salience, axis=1)[:, None] + xp.arange(9)[None]  # [T, 9]
     padded = xp.pad(salience, ((0, 0), (4, 4)))
-    strengths = to_host(xp.take_along_axis(padded, near, axis=1))
-    cents = np.pad(CENTS_PER_BIN * np.arange(salience.shape[1]) + FIRST_BIN_CENTS, 4)
+    strengths = xp.take_along_axis(padded, near, axis=1)
+    begin(near, strengths)
+    return lambda: _mean_hertz(to_host(near), to_host(strengths), bins, threshold)
+
+
+def _mean_hertz(
+    near: np.ndarray, strengths: np.ndarray, bins: int, threshold: float
+) -> np.ndarray:
+    """Hz of the bins ``near`` ``[T, 9]`` by their strengths, 0 where the fifth is weak."""
+    cents = np.pad(CENTS_PER_BIN * np.arange(bins) + FIRST_BIN_CENTS, 4)
     weights = strengths.astype(np.float64)
     total = np.maximum(weights.sum(axis=1), 1e-12)
-    mean = (weights * cents[to_host(near)]).sum(axis=1) / total
+    mean = (weights * cents[near]).sum(axis=1) / total
     return np.where(strengths[:, 4] > threshold, 10 * 2 ** (mean / 1200), 0.0)
 
 
@@ -189,7 +208,7 @@ def begin_all(
         frames = _mel_frames(signals[chunk.number], chunk.start, chunk.stop, settings)
         return _fill_up(frames, settings.frames_multiple, settings.mel_padding)
 
-    def begun() -> Iterator[tuple[list[_Chunk], Array]]:
+    def begun() -> Iterator[tuple[list[_Chunk], Callable[[], np.ndarray]]]:
         on_host = settings.log_mel is log_mel
         made = in_parallel(mel, chunks) if on_host else map(mel, chunks)
 
@@ -198,17 +217,19 @@ def begin_all(
 
         pairs = zip(chunks, made, strict=True)
         for group in neighbours(pairs, size, size, settings.batch_frames):
-            mels = together([mel[None] for _, mel in group])
-            yield [chunk for chunk, _ in group], salience(mels)
+            found = salience(together([mel[None] for _, mel in group]))
+            rows = found.reshape(-1, found.shape[-1])
+            yield (
+                [chunk for chunk, _ in group],
+                begin_decoding(rows, settings.threshold),
+            )
 
     groups = one_ahead(begun())
     first = next(groups, None)
 
     def finish() -> list[np.ndarray]:
         for group, found in itertools.chain([first] if first else [], groups):
-            B, T, bins = found.shape
-            decoded = decode_salience(found.reshape(B * T, bins), settings.threshold)
-            for chunk, f0 in zip(group, decoded.reshape(B, T), strict=True):
+            for chunk, f0 in zip(group, np.split(found(), len(group)), strict=True):
                 inner = f0[chunk.kept - chunk.start : chunk.until - chunk.start]
                 curves[chunk.number][chunk.kept : chunk.until] = inner
         return curves

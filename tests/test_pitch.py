@@ -1,5 +1,6 @@
 """Pitch and spectra, against the PyTorch reference and plain float64 formulas."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -414,3 +415,19 @@ def test_phases_after_a_minute_at_48_khz(linear):
     difference = exact - phases.ravel()
     assert np.abs(difference - np.rint(difference)).max() <= 1e-6
     assert (phases[1001:1100] == phases[1000, -1]).all() or linear
+
+
+def test_a_device_decodes_before_the_result_is_asked_for(rng, monkeypatch):
+    salience = mx.array(rng.uniform(size=(1, 64, 360)).astype(np.float32))
+    begun = []
+    monkeypatch.setattr(pitch, "begin", lambda *arrays: begun.append(arrays))
+    silence = pitch.Signal(
+        lambda start, stop: np.zeros(stop - start, np.float32), 10000
+    )
+    finish = pitch.begin_all(lambda mel: salience, [silence], pitch.PitchSettings())
+    ((near, strengths),) = begun
+    assert near.shape == strengths.shape == (64, 9)
+    (found,) = finish()
+    np.testing.assert_array_equal(
+        found, pitch.decode_salience(np.array(salience[0]))[:63]
+    )
