@@ -18,11 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
+from threading import Lock
 
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import Array, reflected, to_host
+from rvc_mlx.arrays import Array, begin, reflected, to_host
 from rvc_mlx.audio import (
     HIGH_PASS_ORDER,
     SETTLED,
@@ -104,16 +105,32 @@ for (; n < first + RUN; n += BATCH) {
 
 
 class DeviceSpool(Spool):
-    """A recording that lies on a GPU; the host reads the same memory.
+    """A recording that lies on a GPU; the host fetches it when it first reads.
 
     Args:
-        samples: ``[n]`` float32, computed.
+        samples: ``[n]`` float32; may still be computing.
     """
 
     def __init__(self, samples: mx.array):
         super().__init__(memory=np.iinfo(np.int64).max)
-        self._samples = samples
-        self._buffer, self._length = to_host(samples), len(samples)
+        self._samples, self._length = samples, len(samples)
+        self._fetching = Lock()
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """See ``Spool.read``."""
+        self._fetch()
+        return super().read(start, stop)
+
+    def take(self) -> np.ndarray:
+        """See ``Spool.take``."""
+        self._fetch()
+        return super().take()
+
+    def _fetch(self) -> None:
+        with self._fetching:
+            if len(self._buffer) < self._length:
+                # A copy: reading would move the array, which queued networks still read.
+                self._buffer = to_host(self._samples + 0)
 
     def part(self, start: int, stop: int) -> Array:
         """See ``Spool.part``; may still be computing."""
@@ -161,7 +178,7 @@ def device_high_pass(
 
     if count <= block:
         samples = filtered(0, count)
-        mx.eval(samples)
+        begin(samples)
         return DeviceSpool(samples)
     result = source.like(np.float32, count)
     try:

@@ -85,6 +85,19 @@ def test_a_recording_on_the_device_is_read_there_as_on_the_host(rng, start, stop
         assert [len(block) for block in device.blocks(20)] == [20, 20, 10]
 
 
+def test_the_host_fetches_a_recording_when_it_reads(rng, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(module, "to_host", lambda a: fetched.append(a) or np.array(a))
+    x = recording(rng, 50)
+    with DeviceSpool(mx.array(x)) as spool:
+        assert len(spool) == 50
+        assert isinstance(spool.part(-10, 40), mx.array)
+        assert not fetched
+        np.testing.assert_array_equal(spool.read(3, 40), x[3:40])
+        np.testing.assert_array_equal(spool.take(), x)
+        assert len(fetched) == 1
+
+
 def test_nothing_is_refused():
     with Spool() as source, pytest.raises(ValueError, match="recording is empty"):
         device_high_pass(source)
