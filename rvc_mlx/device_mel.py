@@ -6,6 +6,8 @@ differ from ``spectral.log_mel``, which is exact, by some thousandths.
 
 from __future__ import annotations
 
+from functools import cache
+
 import mlx.core as mx
 import numpy as np
 
@@ -31,7 +33,14 @@ def device_log_mel(samples: Array, n_mels: int) -> mx.array:
     length = (steady - 1) * HOP_LENGTH + N_FFT
     longer = zeros_behind(mx.array(samples)[None], length)[0]
     windows = mx.as_strided(longer, (steady, N_FFT), (HOP_LENGTH, 1))
-    spectra = mx.fft.rfft(windows * mx.array(hann_window(N_FFT).astype(np.float32)))
+    window, filters = _constants(n_mels)
+    spectra = mx.fft.rfft(windows * window)
     magnitudes = mx.sqrt(mx.square(spectra.real) + mx.square(spectra.imag))
-    mel = magnitudes @ mx.array(mel_filters(n_mels).astype(np.float32))
-    return mx.log(mx.maximum(mel, LOG_FLOOR))[:frames]
+    return mx.log(mx.maximum(magnitudes @ filters, LOG_FLOOR))[:frames]
+
+
+@cache
+def _constants(n_mels: int) -> tuple[mx.array, mx.array]:
+    """Window ``[N_FFT]`` and filters ``[N_FFT // 2 + 1, n_mels]``, sent once."""
+    window = mx.array(hann_window(N_FFT).astype(np.float32))
+    return window, mx.array(mel_filters(n_mels).astype(np.float32))
