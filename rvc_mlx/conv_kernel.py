@@ -39,7 +39,7 @@ DTYPES = (mx.float32, mx.bfloat16, mx.float16)
 
 _USUAL_HALO = 50  # positions: 11 taps, 5 apart
 
-_HEADER = r"""
+HEADER = r"""
 namespace fused_conv {
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
@@ -329,7 +329,7 @@ _KERNEL = CudaKernel(
         *(("has_residual", "int"), ("has_accumulate", "int")),
         *(("slope", "float"), ("scale", "float"), ("out_slope", "float")),
     ),
-    _HEADER,
+    HEADER,
 )
 
 
@@ -508,8 +508,7 @@ def pack_weight(
         )
     output = output or Output(dtype)
     group = _group(C, output.dtype)
-    w = weight.reshape(C // (8 * group), 4, group, 2, k, C)
-    w = w.transpose(4, 0, 2, 1, 3, 5).reshape(k, C, C)
+    w = in_order(weight, group)
     if products == mx.float32:
         bits = w.astype(mx.float32).view(mx.uint32)
         w = ((bits + 0x1000) & 0xFFFFE000).view(mx.float32)
@@ -680,6 +679,18 @@ def _launch(
         ),
     )
     return y
+
+
+def in_order(weight: mx.array, group: int) -> mx.array:
+    """``[C_out, k, C_in]`` to ``[k, C_out, C_in]`` with its outputs as lanes hold them.
+
+    Args:
+        weight: of a convolution.
+        group: fragments of 8 output channels whose results are stored together.
+    """
+    C, k, inputs = weight.shape
+    w = weight.reshape(C // (8 * group), 4, group, 2, k, inputs)
+    return w.transpose(4, 0, 2, 1, 3, 5).reshape(k, C, inputs)
 
 
 def _group(channels: int, dtype: mx.Dtype) -> int:

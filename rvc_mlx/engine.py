@@ -182,7 +182,7 @@ class MLXEngine:
             return step  # MLX's CPU back end would call a C compiler for each fusion
         network = getattr(step, "func", getattr(step, "__self__", step))
         if isinstance(network, RMVPE) and mx.cuda.is_available():
-            fused_unet.quicken(network)
+            fused_unet.quicken(network, self._fast_products)
         if self._fast_products and mx.cuda.is_available():
             if isinstance(network, HiFiGAN):
                 network._average = FusedBlocks(network)

@@ -10,6 +10,9 @@ The pooling between blocks has a kernel of its own, too: MLX sums columns for it
 
 Images come in few lengths, because cuDNN plans each convolution anew for each. What is
 behind an image's own rows stays zero from layer to layer, as what a convolution pads with.
+
+On Hopper, where products may be short of float32, a block is two launches of ``image_conv``
+or three. Then nothing is left to cuDNN, and images are as long as they are.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import threading
 import mlx.core as mx
 import mlx.nn as nn
 
+from rvc_mlx import conv_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.image_conv import image_conv, pack_image_weight
 from rvc_mlx.models.rmvpe import (
     RMVPE,
     ConvBlockRes,
@@ -30,6 +35,7 @@ from rvc_mlx.models.rmvpe import (
 )
 
 _PACK = 8  # channels of a thread
+_SEEN = 16  # channels of which nine are the places around one
 _LARGEST_STEP = 256  # rows between lengths: a long recording's chunks waste 1 %
 _THREADS = 256
 _KERNEL = CudaKernel(
@@ -102,11 +108,19 @@ class Extent(threading.local):
         return rows * self.own // self.steady
 
 
-def quicken(network: RMVPE) -> None:
-    """Let a loaded network, its batch norms folded, compute this way from now on."""
+def quicken(network: RMVPE, short: bool = False) -> None:
+    """Let a loaded network, its batch norms folded, compute this way from now on.
+
+    Args:
+        network: the network.
+        short: whether float32 may be multiplied in float16.
+    """
     if "_extent" in vars(network):
         return
     network._extent = extent = Extent()
+    if short and _serves_images(network):
+        _quicken_images(network)
+        return
     for module in network.modules():
         if isinstance(module, Encoder) and not network.config.base_channels % _PACK:
             module._pool = pooled
@@ -123,6 +137,31 @@ def quicken(network: RMVPE) -> None:
         encoder = network.unet.encoder
         encoder.bn = Lengthened(encoder.bn, extent, 1 << network.config.levels)
         network.cnn = Shortened(network.cnn, extent)
+
+
+def _serves_images(network: RMVPE) -> bool:
+    """Whether ``image_conv`` makes all of a network's convolutions on this machine."""
+    if not conv_kernel.supports(16, 3, mx.float16):
+        return False
+    blocks = [m for m in network.unet.modules() if isinstance(m, ConvBlockRes)]
+    ups = [layer.conv1 for layer in network.unet.decoder.layers]
+    norms = [norm for block in blocks for norm in block.conv[1::3]]
+    norms += [norm for up in ups for norm in up[1:2]]
+    sizes = network.config
+    narrowest = sizes.n_mels >> sizes.levels
+    return _folded(norms) and sizes.base_channels % 16 == 0 and narrowest in (4, 8, 16)
+
+
+def _quicken_images(network: RMVPE) -> None:
+    for module in network.modules():
+        if isinstance(module, Encoder):
+            module._pool = pooled
+        if isinstance(module, ResEncoderBlock):
+            module.conv = [ImageBlock(block) for block in module.conv]
+        elif isinstance(module, ResDecoderBlock):
+            module.conv1 = [ImageUp(module.conv1[0])]
+            module.conv2 = [ImageBlock(block) for block in module.conv2]
+    network.cnn = ImageLayer(network.cnn, rectify=False)
 
 
 def rectified(
@@ -214,7 +253,7 @@ class Rectified(_Bare):
 class FusedBlock(nn.Module):
     """``ConvBlockRes``."""
 
-    def __init__(self, block: ConvBlockRes, extent: Extent):
+    def __init__(self, block: nn.Module, extent: Extent):
         super().__init__()
         self._extent = extent
         self.first = Rectified(block.conv[0], extent)
@@ -229,6 +268,94 @@ class FusedBlock(nn.Module):
         if self.shortcut is None:
             return rectified(y, bias, x, self._nothing, own)
         return rectified(y, bias, self.shortcut(x), self.shortcut.offset, own)
+
+
+class ImageLayer(nn.Module):
+    """A convolution, its bias and a rectifier through ``image_conv``.
+
+    Of one input channel it takes ``nine_places``.
+    """
+
+    def __init__(self, layer: nn.Module, rectify: bool = True):
+        super().__init__()
+        self._rectify, weight = rectify, layer.weight
+        self._outputs, side, _, inputs = weight.shape
+        bias = layer.bias if "bias" in layer else mx.zeros((self._outputs,))
+        if inputs == 1:
+            around = 1 if side == 1 else 0
+            weight = mx.pad(
+                weight, [(0, 0), (around, around), (around, around), (0, 0)]
+            )
+            weight = weight.reshape(self._outputs, 1, 1, -1)
+            weight = mx.pad(weight, [(0, 0), (0, 0), (0, 0), (0, _SEEN - 9)])
+        missing = -self._outputs % 8
+        weight = mx.pad(weight, [(0, missing), *[(0, 0)] * 3])
+        self._weight = pack_image_weight(weight, weight.dtype)
+        self._bias = mx.pad(bias.astype(mx.float32), (0, missing))
+
+    def __call__(self, x: mx.array, shortcut: mx.array | None = None) -> mx.array:
+        """``[B, T, M, C_in]`` to ``[B, T, M, C_out]``, the shortcut added."""
+        y = image_conv(
+            x, self._weight, self._bias, shortcut=shortcut, rectify=self._rectify
+        )
+        return y[..., : self._outputs] if self._outputs % 8 else y
+
+
+def nine_places(x: mx.array) -> mx.array:
+    """``[B, T, M, 1]`` to what lies around each place, and zeros, ``[B, T, M, 16]``."""
+    B, T, M, _ = x.shape
+    wide = mx.pad(x[..., 0], [(0, 0), (1, 1), (1, 1)])
+    pitch = M + 2
+    seen = mx.as_strided(
+        wide, (B, T, M, 3, 3), ((T + 2) * pitch, pitch, 1, pitch, 1)
+    ).reshape(B, T, M, 9)
+    return mx.pad(seen, [(0, 0), (0, 0), (0, 0), (0, _SEEN - 9)])
+
+
+class ImageBlock(nn.Module):
+    """``ConvBlockRes`` through ``image_conv``."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.first, self.second = map(ImageLayer, block.conv[::3])
+        self.shortcut = None
+        if "shortcut" in block:
+            self.shortcut = ImageLayer(block.shortcut, rectify=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, T, M, C_in]`` to ``[B, T, M, C_out]``."""
+        x = nine_places(x) if x.shape[-1] == 1 else x
+        beside = x if self.shortcut is None else self.shortcut(x)
+        return self.second(self.first(x), beside)
+
+
+class ImageUp(nn.Module):
+    """A transposed convolution of stride 2, its bias and rectifier, through ``image_conv``.
+
+    Each of the four places that one becomes is a convolution of its own: the first row
+    sees its own place through the middle tap, the second row its own through the last and
+    the next through the first. So they are four times as many channels.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        weight = layer.weight  # [C_out, 3, 3, C_in]
+        C = len(weight)
+        taps = mx.zeros((2, 2, C, 2, 2, weight.shape[-1]), weight.dtype)
+        # From a tap of the transposed one to row or column, and how far on it sees.
+        ways = ((1, 0, 0), (2, 1, 0), (0, 1, 1))
+        for i, row, down in ways:
+            for j, column, across in ways:
+                taps[row, column, :, down, across] = weight[:, i, j]
+        self._weight = pack_image_weight(taps.reshape(4 * C, 2, 2, -1), weight.dtype)
+        bias = layer.bias if "bias" in layer else mx.zeros((C,))
+        self._bias = mx.tile(bias.astype(mx.float32), 4)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, T, M, C_in]`` to ``[B, 2 T, 2 M, C_out]``."""
+        B, T, M, _ = x.shape
+        y = image_conv(x, self._weight, self._bias).reshape(B, T, M, 2, 2, -1)
+        return y.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * T, 2 * M, -1)
 
 
 class Lengthened(nn.Module):

@@ -11,6 +11,7 @@ from rvc_mlx import (
     fused_prior,
     fused_unet,
     gru_kernel,
+    image_conv,
 )
 from rvc_mlx.cuda_kernel import CudaKernel, Grid, compile_source
 from rvc_mlx.training import fused, weight_norm
@@ -56,6 +57,21 @@ def convolutions():
             yield conv_kernel._KERNEL, inputs, (dtype,), constants
 
 
+def images():
+    for dtype, products in ((F32, F16), (F16, F16), (BF16, BF16)):
+        for outputs, inputs, side, across, places in (
+            *((16, 16, 3, 16, 1 << 20), (32, 64, 3, 16, 1 << 20)),
+            *((64, 32, 3, 8, 1 << 20), (512, 256, 3, 4, 376), (32, 16, 1, 16, 376)),
+        ):
+            weight = image_conv.PackedImageWeight(
+                mx.zeros((side * side, outputs, inputs), products), outputs, side
+            )
+            tile = image_conv.choose_tile(places, outputs)
+            constants = image_conv._constants(dtype, weight, tile, across)
+            inputs = (dtype, products, F32, dtype)
+            yield image_conv._KERNEL, inputs, (dtype,), constants
+
+
 def others():
     yield gru_kernel._CLUSTER_KERNEL, (F32,) * 3, (F32,), {}
     yield device_high_pass._kernel(), (F32,) * 2, (F32,) * 2, {}
@@ -89,7 +105,7 @@ def compiles(kernel, inputs, outputs, constants, architecture):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("case", [*convolutions(), *others()])
+@pytest.mark.parametrize("case", [*convolutions(), *images(), *others()])
 def test_every_kernel_compiles_for_an_h100(case):
     compiles(*case, "sm_90")
 

@@ -1,6 +1,7 @@
 """The pitch net as it is computed on CUDA equals the model."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from rvc_mlx import fused_unet
+from rvc_mlx import fused_unet, image_conv
 from rvc_mlx.models.layers import fold_batch_norm
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
 
@@ -17,10 +18,10 @@ CONFIG = RMVPEConfig(
 )
 
 
-def network(dtype=mx.float32):
+def network(dtype=mx.float32, **sizes):
     """A network with random batch norms, folded."""
     mx.random.seed(0)
-    net = RMVPE(CONFIG)
+    net = RMVPE(replace(CONFIG, **sizes))
     moved = [
         (name, mx.random.uniform(0.5, 1.5, value.shape) if value.ndim == 1 else value)
         for name, value in tree_flatten(net.parameters())
@@ -54,6 +55,50 @@ def test_the_blocks_are_put_together_as_the_model_has_them(monkeypatch):
     assert {"FusedBlock", "Rectified"} <= kinds
     assert "ConvBlockRes" not in kinds
     np.testing.assert_allclose(net.image_features(mel), expected, rtol=1e-5, atol=1e-5)
+
+
+def unpacked(weight):
+    """``[C_out, side, side, C_in]`` as it was before it was packed."""
+    taps, padded, inputs = weight.array.shape
+    w = weight.array.reshape(taps, padded // 16, 2, 4, 2, inputs)
+    w = w.transpose(1, 3, 2, 4, 0, 5).reshape(padded, weight.side, weight.side, inputs)
+    return w[: weight.outputs].astype(mx.float32)
+
+
+def plain_image_conv(x, weight, bias, *, shortcut=None, rectify=True):
+    """``image_conv`` in plain operations."""
+    shape = (*x.shape[:-1], weight.outputs)
+    image_conv._check(x, weight, bias, shortcut, shape)
+    around = ((weight.side - 1) // 2, weight.side // 2)
+    wide = mx.pad(x.astype(mx.float32), [(0, 0), around, around, (0, 0)])
+    y = mx.conv2d(wide, unpacked(weight)) + bias
+    y = mx.maximum(y, 0) if rectify else y
+    return (y if shortcut is None else y + shortcut).astype(x.dtype)
+
+
+@pytest.mark.parametrize("rows", [4, 132])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_images_go_through_kernels_alone(monkeypatch, rows, dtype):
+    def refuse(*_):
+        raise AssertionError("a convolution is left to the library")
+
+    net = network(dtype, base_channels=16)
+    mel = (3 + mx.random.normal((2, rows, 16))).astype(dtype)
+    expected = net.image_features(mel).astype(mx.float32)
+    monkeypatch.setattr(fused_unet.conv_kernel, "supports", lambda *_: True)
+    monkeypatch.setattr(fused_unet, "image_conv", plain_image_conv)
+    monkeypatch.setattr(fused_unet, "pooled", nn.AvgPool2d(2, stride=2))
+    fused_unet.quicken(net, short=True)
+    for layer in (nn.Conv2d, nn.ConvTranspose2d):
+        monkeypatch.setattr(layer, "__call__", refuse)
+    found = net.image_features(mel)
+    assert (found.shape, found.dtype) == (expected.shape, dtype)
+    scale = mx.abs(expected).max().item()
+    # float32 is cut to float16's ten bits of fraction.
+    tolerance = 5e-2 if dtype == mx.bfloat16 else 5e-3
+    np.testing.assert_allclose(
+        found.astype(mx.float32) / scale, expected / scale, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("rows", [4, 132, 260, 276])

@@ -1,0 +1,352 @@
+"""The pitch net's convolutions over images, as one CUDA kernel each.
+
+One launch computes ``relu(conv2d(x) + bias) + shortcut`` on tensor cores, in float16 or
+bfloat16; float32 arrays are cut to float16, which has as many bits of fraction as TF32. No
+library has to plan anything: an image of a new size costs what any other does.
+
+It is ``conv_kernel`` for a plane. A block of threads makes a tile of DOWN by ACROSS places
+and keeps what they see in shared memory, row after row; a tap is another first place there::
+
+    places kept       (DOWN + 2) x (ACROSS + 2), 8 x 16 of them the tile's own
+    tap (i, j) reads  from place (i, j) on, ACROSS of each row
+
+Two taps a side look ahead only: that is what a transposed convolution of stride 2 needs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from rvc_mlx import conv_kernel
+from rvc_mlx.conv_kernel import DTYPES, Tile, in_order
+from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
+
+_CHUNK = 64  # input channels held in shared memory at a time
+_PROCESSORS = 132  # that should have two blocks each
+
+_SOURCE = r"""
+using namespace fused_conv;
+constexpr int M = WARPS_M * MT * 16, N = WARPS_N * NT * 8, BEFORE = (SIDE - 1) / 2;
+constexpr int DOWN = M / ACROSS, PITCH = ACROSS + SIDE - 1, PLACES = (DOWN + SIDE - 1) * PITCH;
+constexpr int THREADS = 32 * WARPS_M * WARPS_N, BYTES = sizeof(P), TAPS = SIDE * SIDE;
+constexpr int X_STRIDE = CHUNK * BYTES + 16, X_PIECES = CHUNK * sizeof(T) / 16;
+constexpr int KEPT = 16 * sizeof(P) / sizeof(T);  // bytes that a piece of input becomes
+constexpr int W_STRIDE = CHUNK * BYTES + 16, W_PIECES = CHUNK * BYTES / 16;
+
+constexpr int ROW = PITCH * X_STRIDE + SKEW;  // bytes
+
+extern __shared__ __align__(16) unsigned char shared[];
+
+const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+const int columns = padded / N, tiles = (width + ACROSS - 1) / ACROSS;
+const int first_column = blockIdx.x % columns * N;
+const int left = blockIdx.x / columns % tiles * ACROSS;
+const int top = blockIdx.x / columns / tiles * DOWN;
+const size_t batch_row = (size_t)blockIdx.y * height;
+const unsigned x_shared = shared_address(shared);
+const unsigned w_shared = x_shared + (DOWN + SIDE - 1) * ROW;
+
+// A stage of the ring holds one tap's weights of one chunk, [N, CHUNK]. Past the last an
+// empty group keeps the count right.
+int next_chunk = 0, next_tap = 0, next_stage = 0;
+auto fetch = [&]() {
+    if (next_chunk < inputs) {
+        const P* source = weight + (size_t)(next_tap * padded + first_column) * inputs +
+                          next_chunk;
+        const unsigned target = w_shared + next_stage * (N * W_STRIDE);
+        #pragma unroll
+        for (int i = thread; i < N * W_PIECES; i += THREADS) {
+            const int row = i / W_PIECES, piece = i % W_PIECES;
+            copy_async(target + row * W_STRIDE + piece * 16,
+                       source + (size_t)row * inputs + piece * (16 / BYTES));
+        }
+        if (++next_tap == TAPS) {
+            next_tap = 0;
+            next_chunk += CHUNK;
+        }
+    }
+    if (++next_stage == STAGES) next_stage = 0;
+    commit();
+};
+
+// BATCH loads are on their way before the first is stored.
+auto load_chunk = [&](int chunk) {
+    for (int start = thread; start < PLACES * X_PIECES; start += THREADS * BATCH) {
+        uint4 v[BATCH];
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+            const int i = start + u * THREADS, place = i / X_PIECES;
+            const int t = top - BEFORE + place / PITCH, m = left - BEFORE + place % PITCH;
+            v[u] = make_uint4(0, 0, 0, 0);
+            if (place < PLACES && t >= 0 && t < height && m >= 0 && m < width)
+                v[u] = load(x + ((batch_row + t) * width + m) * inputs + chunk +
+                            i % X_PIECES * (16 / (int)sizeof(T)));
+        }
+        #pragma unroll
+        for (int u = 0; u < BATCH; u++) {
+            const int i = start + u * THREADS, place = i / X_PIECES;
+            unsigned char* to = shared + place / PITCH * ROW + place % PITCH * X_STRIDE;
+            if (place < PLACES) keep(T(), P(), to + i % X_PIECES * KEPT, v[u], 1.f);
+        }
+    }
+};
+
+const int warp_row = warp % WARPS_M * (MT * 16), warp_column = warp / WARPS_M * (NT * 8);
+const int own = warp_row + lane % 16;  // of the first fragment's places, this lane's
+const unsigned a_lane = x_shared + lane / 16 * 16 + own / ACROSS * ROW +
+    own % ACROSS * X_STRIDE;
+const unsigned b_lane = w_shared +
+    (warp_column + lane / 16 * 8 + lane % 8) * W_STRIDE + lane / 8 % 2 * 16;
+float sum[MT][NT][4];
+#pragma unroll
+for (int m = 0; m < MT; m++)
+    #pragma unroll
+    for (int n = 0; n < NT; n++)
+        #pragma unroll
+        for (int e = 0; e < 4; e++) sum[m][n][e] = 0.f;
+
+#pragma unroll
+for (int i = 0; i < STAGES - 1; i++) fetch();
+int stage = 0;
+#pragma unroll 1
+for (int chunk = 0; chunk < inputs; chunk += CHUNK) {
+    if (chunk > 0) __syncthreads();
+    load_chunk(chunk);
+    #pragma unroll 1
+    for (int tap = 0; tap < TAPS; tap++) {
+        wait<STAGES - 2>();
+        __syncthreads();
+        fetch();
+        const unsigned a = a_lane + tap / SIDE * ROW + tap % SIDE * X_STRIDE;
+        const unsigned b = b_lane + stage * (N * W_STRIDE);
+        if (++stage == STAGES) stage = 0;
+        #pragma unroll
+        for (int k = 0; k < CHUNK * BYTES; k += 32) {
+            unsigned A[MT][4], B[NT / 2][4];
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                ldmatrix(A[m], a + m * (16 / ACROSS) * ROW + k);
+            #pragma unroll
+            for (int n = 0; n < NT / 2; n++) ldmatrix(B[n], b + n * 16 * W_STRIDE + k);
+            #pragma unroll
+            for (int m = 0; m < MT; m++)
+                #pragma unroll
+                for (int n = 0; n < NT; n++)
+                    mma(P(), sum[m][n], A[m], B[n / 2][n % 2 * 2], B[n / 2][n % 2 * 2 + 1]);
+        }
+    }
+}
+
+// The packed weights are ordered so that a lane holds VECTOR neighbouring channels.
+constexpr int VECTOR = GROUP * 2;
+struct alignas(VECTOR * sizeof(T)) Vector { T v[VECTOR]; };
+#pragma unroll
+for (int q = 0; q < NT / GROUP; q++) {
+    const int column = first_column + warp_column + q * (GROUP * 8) + lane % 4 * VECTOR;
+    if (column >= outputs) continue;
+    float offset[VECTOR];
+    #pragma unroll
+    for (int e = 0; e < VECTOR; e++) offset[e] = bias[column + e];
+    #pragma unroll
+    for (int r = 0; r < MT * 2; r++) {
+        const int place = warp_row + r * 8 + lane / 4;
+        const int t = top + place / ACROSS, m = left + place % ACROSS;
+        if (t >= height || m >= width) continue;
+        const size_t at = ((batch_row + t) * width + m) * outputs + column;
+        Vector added, result;
+        if (has_shortcut) added = *(const Vector*)(shortcut + at);
+        #pragma unroll
+        for (int e = 0; e < VECTOR; e++) {
+            float v = sum[r / 2][q * GROUP + e / 2][r % 2 * 2 + e % 2] + offset[e];
+            if (rectify) v = fmaxf(v, 0.f);
+            if (has_shortcut) v += float(added.v[e]);
+            result.v[e] = T(v);
+        }
+        *(Vector*)(y + at) = result;
+    }
+}
+"""
+
+_KERNEL = CudaKernel(
+    "image_conv",
+    ("x", "weight", "bias", "shortcut"),
+    ("y",),
+    _SOURCE,
+    (
+        *(("height", "int"), ("width", "int"), ("inputs", "int"), ("outputs", "int")),
+        *(("padded", "int"), ("has_shortcut", "int"), ("rectify", "int")),
+    ),
+    conv_kernel.HEADER,
+)
+
+
+@dataclass(frozen=True)
+class PackedImageWeight:
+    """Weights in the order of the kernel.
+
+    Attributes:
+        array: ``[side * side, C_out + padding, C_in]``.
+        outputs: ``C_out``.
+        side: taps along each side: 3 around a place, 2 from it on, or 1.
+    """
+
+    array: mx.array
+    outputs: int
+    side: int
+
+
+def fits(inputs: int, outputs: int, side: int) -> bool:
+    """Whether the kernel is made for such a convolution."""
+    return inputs % 16 == 0 and outputs % 8 == 0 and side in (1, 2, 3)
+
+
+def pack_image_weight(weight: mx.array, dtype: mx.Dtype) -> PackedImageWeight:
+    """Weights ``[C_out, side, side, C_in]`` of a convolution in the order of the kernel.
+
+    Args:
+        weight: of the convolution; float32 is cut to float16.
+        dtype: of the input that it will meet.
+
+    Raises:
+        ValueError: the kernel is not made for such a convolution.
+    """
+    outputs, side, other, inputs = weight.shape
+    if side != other or not fits(inputs, outputs, side):
+        raise ValueError(
+            f"weight is {list(weight.shape)}; the kernel wants [C_out, side, side, C_in], "
+            "side 1, 2 or 3, C_in a multiple of 16 and C_out of 8"
+        )
+    products = mx.float16 if dtype == mx.float32 else dtype
+    padded = 16 if outputs <= 16 else 32 if outputs <= 32 else -(-outputs // 64) * 64
+    w = mx.pad(weight, [(0, padded - outputs), (0, 0), (0, 0), (0, 0)])
+    w = in_order(w.flatten(1, 2), _group(padded, dtype)).astype(products)
+    return PackedImageWeight(mx.contiguous(w), outputs, side)
+
+
+def image_conv(
+    x: mx.array,
+    weight: PackedImageWeight,
+    bias: mx.array,
+    *,
+    shortcut: mx.array | None = None,
+    rectify: bool = True,
+) -> mx.array:
+    """``relu(conv2d(x) + bias) + shortcut``, as large as ``x``.
+
+    Sums and additions are in float32, with one rounding at the end. Places outside count
+    as zeros.
+
+    Args:
+        x: ``[B, T, M, C_in]`` float32, bfloat16 or float16; M is 4, 8 or a multiple of 16.
+        weight: From ``pack_image_weight``, for the dtype of ``x``.
+        bias: ``[C_out]`` float32.
+        shortcut: ``[B, T, M, C_out]`` as ``x``, or None.
+        rectify: whether there is a rectifier.
+
+    Returns:
+        ``[B, T, M, C_out]`` of the dtype of ``x``.
+
+    Raises:
+        ValueError: Shapes or dtypes do not fit.
+    """
+    shape = (*x.shape[:-1], weight.outputs)
+    _check(x, weight, bias, shortcut, shape)
+    B, T, M, inputs = x.shape
+    padded = weight.array.shape[1]
+    across = min(M, 16)
+    tile = choose_tile(B * T * M, padded)
+    down = tile.positions // across
+    blocks = (padded // tile.columns) * (M // across) * -(-T // down)
+    (y,) = _KERNEL(
+        [x, weight.array, bias, x if shortcut is None else shortcut],
+        [(shape, x.dtype)],
+        Grid(blocks, tile.threads, B, _memory(tile, across, weight)),
+        scalars=[
+            *(T, M, inputs, weight.outputs, padded),
+            *(shortcut is not None, rectify),
+        ],
+        constants=_constants(x.dtype, weight, tile, across),
+    )
+    return y
+
+
+def choose_tile(places: int, padded: int) -> Tile:
+    """How blocks divide the work; ``chunk``, ``depth`` of it are not used."""
+    columns = min(padded, 64)
+    large = Tile(4, 1, 2, columns // 8, stages=3)
+    blocks = -(-places // large.positions) * (padded // columns)
+    if blocks >= 2 * _PROCESSORS or columns < 32:
+        return large
+    return Tile(2, 2, 2, 2, stages=6)  # 64 places, 32 channels
+
+
+def _group(padded: int, dtype: mx.Dtype) -> int:
+    """Fragments of 8 output channels that are stored together; tiles have two or more."""
+    return min(8 // dtype.size, 2, padded // 8)
+
+
+def _chunk(weight: PackedImageWeight) -> int:
+    inputs = weight.array.shape[2]
+    return max(n for n in (16, 32, _CHUNK) if inputs % n == 0)
+
+
+def _memory(tile: Tile, across: int, weight: PackedImageWeight) -> int:
+    """Bytes of shared memory that a block asks for."""
+    halo, stride = weight.side - 1, 2 * _chunk(weight) + 16
+    row = (across + halo) * stride + _skew(across)
+    rows = tile.positions // across + halo
+    return rows * row + tile.stages * tile.columns * stride
+
+
+def _skew(across: int) -> int:
+    """Bytes between rows of places, so that those of a fragment touch all banks."""
+    return 96 if across == 4 else 0
+
+
+def _constants(
+    dtype: mx.Dtype, weight: PackedImageWeight, tile: Tile, across: int
+) -> dict[str, Constant]:
+    """What the kernel is compiled for; the rest is told at run time."""
+    return {
+        "T": dtype,
+        "P": weight.array.dtype,
+        "WARPS_M": tile.warps_m,
+        "WARPS_N": tile.warps_n,
+        "MT": tile.mt,
+        "NT": tile.nt,
+        "CHUNK": _chunk(weight),
+        "STAGES": tile.stages,
+        "BATCH": tile.batch,
+        "GROUP": _group(weight.array.shape[1], dtype),
+        "ACROSS": across,
+        "SKEW": _skew(across),
+        "SIDE": weight.side,
+    }
+
+
+def _check(
+    x: mx.array,
+    weight: PackedImageWeight,
+    bias: mx.array,
+    shortcut: mx.array | None,
+    shape: tuple[int, ...],
+) -> None:
+    """Refuse arrays that the kernel would read wrongly."""
+    products = mx.float16 if x.dtype == mx.float32 else x.dtype
+    if x.ndim != 4 or 0 in x.shape or x.dtype not in DTYPES:
+        raise ValueError(f"x is {x.dtype} {x.shape}; want [B, T, M, C] of {DTYPES}")
+    if x.shape[2] not in (4, 8) and x.shape[2] % 16:
+        raise ValueError(f"x is {x.shape[2]} wide; want 4, 8 or a multiple of 16")
+    array = weight.array
+    if array.dtype != products or array.shape[2] != x.shape[-1]:
+        raise ValueError(
+            f"weight is {array.dtype} {array.shape} for x {x.dtype} {x.shape}"
+        )
+    if bias.shape != (weight.outputs,) or bias.dtype != mx.float32:
+        raise ValueError(f"bias is {bias.dtype} {bias.shape}; want [{weight.outputs}]")
+    if shortcut is not None and (shortcut.shape != shape or shortcut.dtype != x.dtype):
+        raise ValueError(
+            f"cannot add {shortcut.dtype} {shortcut.shape} to {x.dtype} {shape}"
+        )
