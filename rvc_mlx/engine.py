@@ -32,6 +32,7 @@ from rvc_mlx.device_index import DeviceIndex
 from rvc_mlx.device_mel import device_log_mel
 from rvc_mlx.feature_index import Index
 from rvc_mlx.fused_blocks import FusedBlocks
+from rvc_mlx.fused_joints import quicken_joints
 from rvc_mlx.gru_kernel import checked, supports
 from rvc_mlx.models.contentvec import ContentVec
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
@@ -186,6 +187,7 @@ class MLXEngine:
         if self._fast_products and mx.cuda.is_available():
             if isinstance(network, HiFiGAN):
                 network._average = FusedBlocks(network)
+                quicken_joints(network)
             elif isinstance(network, ContentVec):
                 fused_encoder.quicken(network)
             elif isinstance(network, Synthesizer):

@@ -8,6 +8,7 @@ from rvc_mlx import (
     conv_kernel,
     cuda_kernel,
     device_high_pass,
+    fused_joints,
     fused_prior,
     fused_unet,
     gru_kernel,
@@ -87,6 +88,7 @@ def others():
         yield fused._GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
         yield fused_prior.GATE, (dtype,), (dtype,), pack
+        yield fused_joints._KERNEL, (dtype, dtype, F32), (dtype,), pack
         yield fused_prior._HEADS, (dtype,), 3 * (dtype,), pack | {"WINDOW": 10}
         for kept in (True, False):
             row = {"T": dtype, "WINDOW": 10, "THREADS": 256, "KEPT": kept}

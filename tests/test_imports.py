@@ -29,6 +29,7 @@ ORDER = [
         "device_high_pass",
         "gru_kernel",
         "conv_kernel",
+        "fused_joints",
         "image_conv",
         "fused_blocks",
         "fused_encoder",

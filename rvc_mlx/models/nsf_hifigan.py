@@ -144,6 +144,14 @@ def hifigan_context(config: SynthesizerConfig) -> int:
     return math.ceil(frames + 3 / samples_per_frame + 1)
 
 
+def upsampled(
+    x: mx.array, upsample: Any, source_conv: Any, source: mx.array | None
+) -> mx.array:
+    """What a stage's residual blocks are given: ``x`` at the next rate, and the source."""
+    x = upsample(leaky_relu(x))
+    return x if source_conv is None else x + source_conv(source)
+
+
 def average_blocks(x: mx.array, blocks: Sequence[Any]) -> mx.array:
     """Mean of what the residual blocks of a stage, or functions, make of ``[B, L, C]``."""
     total = blocks[0](x)
@@ -162,7 +170,7 @@ class HiFiGAN(nn.Module):
     def __init__(self, config: SynthesizerConfig):
         super().__init__()
         self._context = hifigan_context(config)
-        self._average = average_blocks
+        self._upsampled, self._average = upsampled, average_blocks
 
     @property
     def context(self) -> int:
@@ -176,9 +184,7 @@ class HiFiGAN(nn.Module):
     def _decode(self, z: mx.array, g: mx.array, source: mx.array | None) -> mx.array:
         x = self.conv_pre(z) + self.cond(g)
         for upsample, source_conv, blocks in self.stages():
-            x = upsample(leaky_relu(x))
-            if source_conv is not None:
-                x = x + source_conv(source)
+            x = self._upsampled(x, upsample, source_conv, source)
             x = self._average(x, blocks)
         # Upstream uses the default slope here, once.
         return mx.tanh(self.conv_post(leaky_relu(x, 0.01)))[..., 0]
