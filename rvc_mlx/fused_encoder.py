@@ -10,9 +10,8 @@ Three of them are worth it, for a recording of 30 seconds:
 * The positional convolution of 128 taps in 16 groups becomes one product a group, of
   windows that start every 8 frames.
 
-cuDNN plans anew for each length, so it meets few. The other convolutions look ahead only:
-zeros behind the first one's frames make more frames, which go. Attention is told which
-frames are not there.
+cuDNN plans anew for each length. So the other convolutions are products, too, and attention
+meets few lengths: it is told which frames are not there.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.models.contentvec import ContentVec
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
-_LARGEST_STEP = 1 << 16  # frames of the first layer, 3200 a second, between lengths
+_LARGEST_STEP = 1 << 11  # frames between lengths that attention meets
 _STEP = 8  # frames from one window of the positional convolution to the next
 
 
 def quicken(encoder: ContentVec) -> None:
     """Let a loaded encoder compute this way from now on."""
-    encoder.feature_extractor = SteadyExtractor(encoder.feature_extractor)
+    encoder.feature_extractor = ProductExtractor(encoder.feature_extractor)
     encoder.encoder = SteadyEncoder(encoder.encoder)
 
 
@@ -90,8 +89,11 @@ class SteadyEncoder(nn.Module):
         return x[:, :frames]
 
 
-class SteadyExtractor(nn.Module):
-    """``FeatureExtractor``, its first layer through ``normed_convolution``."""
+class ProductExtractor(nn.Module):
+    """``FeatureExtractor``, its first layer through ``normed_convolution``.
+
+    The others are products over windows of frames: only a convolution needs a plan.
+    """
 
     def __init__(self, extractor: nn.Module):
         super().__init__()
@@ -101,29 +103,32 @@ class SteadyExtractor(nn.Module):
         """``[B, L]`` to ``[B, F, C]``."""
         first, *others = self.conv_layers
         stride = first.conv.stride
-        frames = audio.shape[1] // stride - 1
-        x = audio[:, : (frames + 1) * stride, None]
-        steady = steady_length(frames, 64, _LARGEST_STEP)
-        x = nn.gelu(normed_convolution(x, first.conv, first.layer_norm, steady))
+        whole = audio.shape[1] // stride * stride
+        x = normed_convolution(audio[:, :whole, None], first.conv, first.layer_norm)
         for layer in others:
-            frames = (frames - layer.conv.weight.shape[1]) // layer.conv.stride + 1
-            x = layer(x)
-        return x[:, :frames]
+            x = strided_product(nn.gelu(x), layer.conv.weight, layer.conv.stride)
+        return nn.gelu(x)
 
 
-def normed_convolution(
-    audio: mx.array, conv: nn.Conv1d, norm: nn.Module, length: int = 0
-) -> mx.array:
+def strided_product(x: mx.array, weight: mx.array, stride: int) -> mx.array:
+    """``conv1d(x, weight, stride)``: ``[B, L, C_in]`` to ``[B, L', C_out]``."""
+    (B, L, C), (outputs, taps, _) = x.shape, weight.shape
+    frames = (L - taps) // stride + 1
+    x = mx.contiguous(x)
+    windows = mx.as_strided(x, (B, frames, taps * C), (L * C, stride * C, 1))
+    return windows @ weight.reshape(outputs, -1).T
+
+
+def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.array:
     """``norm(conv(audio))``.
 
     Args:
         audio: ``[B, L, 1]``, L a multiple of the stride.
         conv: from one channel, its kernel two strides long.
         norm: ``TimeNorm``.
-        length: at least so many frames, zeros behind those of the audio.
 
     Returns:
-        ``[B, max(L', length), C]``.
+        ``[B, L', C]``.
 
     Raises:
         ValueError: the sizes are others.
@@ -147,7 +152,6 @@ def normed_convolution(
     ones = mx.ones((B, windows.shape[1], 1), windows.dtype)
     zeros = mx.zeros((B, windows.shape[1], _COLUMNS - taps - 1), windows.dtype)
     windows = mx.concatenate([windows, ones, zeros], axis=-1)
-    windows = zeros_behind(windows, length)
     return windows @ mx.concatenate(rows, axis=1).astype(windows.dtype)
 
 
