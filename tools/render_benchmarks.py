@@ -40,9 +40,8 @@ activations have the scale of trained ones; time does not depend on the values.
 - The H200 rows were measured on one GPU of a machine whose other GPUs trained voices or ran
   another benchmark: what waits for the host is slower there than on an idle machine, on
   both sides. Only what a GPU is judged by has rows of an idle one, with 16 cores.
-- There, *first* is the first conversion of a process. It compiles kernels that are not on
-  disk yet: of the two runs of one commit, that of all rows found none for `f16`; that of
-  two rows is of a later process, which found all.
+- There, *first* is the first conversion of a process whose kernels are on disk: another
+  one compiled them.
 - Differences are absolute. The correlation is shown because others show it: it is
   nearly blind to errors.
 
