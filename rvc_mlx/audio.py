@@ -61,6 +61,22 @@ def resample_blocks(
         yield out
 
 
+# ``scipy.signal.butter`` of these numbers, and its ``lfilter_zi``. To import that takes
+# longer than a GPU needs for the first minutes of audio.
+_NUMERATOR = (
+    0.9699606451838447, -4.849803225919223, 9.699606451838447,
+    -9.699606451838447, 4.849803225919223, -0.9699606451838447,
+)  # fmt: skip
+_DENOMINATOR = (
+    1.0, -4.939001819168364, 9.757863526739543,
+    -9.639544849413458, 4.761506797356209, -0.9408236532054606,
+)  # fmt: skip
+_STEADY = (
+    -0.9699604796995847, 3.8798419288925783, -5.819762908173043,
+    3.879841948472456, -0.9699604894923387,
+)  # fmt: skip
+
+
 @cache
 def high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """Return b, a, the steady state of the filter for a unit step, and its padding.
@@ -68,10 +84,8 @@ def high_pass_design() -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     Returns:
         ``[6]``, ``[6]`` with a[0] = 1, and ``[5]`` float64; samples.
     """
-    from scipy import signal  # takes a second to import, and only filtering needs it
-
-    b, a = signal.butter(HIGH_PASS_ORDER, HIGH_PASS_HZ, "high", fs=SAMPLE_RATE)
-    return b, a, signal.lfilter_zi(b, a), 3 * max(len(a), len(b))
+    b, a, steady = map(np.array, (_NUMERATOR, _DENOMINATOR, _STEADY))
+    return b, a, steady, 3 * len(a)
 
 
 @cache

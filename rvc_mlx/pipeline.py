@@ -320,8 +320,9 @@ def load_on(
     rmvpe: str | Path | None = None,
 ) -> VoiceConverter:
     """As ``load``, on an engine that is there already."""
-    # A second, which the first conversion would wait for.
-    Thread(target=import_module, args=("scipy.signal",), daemon=True).start()
+    if engine.high_pass is high_pass_spool:
+        # A second, which the first conversion would wait for.
+        Thread(target=import_module, args=("scipy.signal",), daemon=True).start()
     voice, index = choose_voice(voice, index)
     checkpoint = read_weights(voice, "voice")
     bound = Voice(checkpoint, engine)

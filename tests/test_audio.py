@@ -6,7 +6,13 @@ import pytest
 import soxr
 from scipy import signal
 
-from rvc_mlx.audio import high_pass, high_pass_spool, resample, resample_blocks
+from rvc_mlx.audio import (
+    high_pass,
+    high_pass_design,
+    high_pass_spool,
+    resample,
+    resample_blocks,
+)
 from rvc_mlx.loudness import (
     Envelope,
     LoudnessMatch,
@@ -173,6 +179,16 @@ def test_resampling_nothing_gives_nothing():
 def scipy_high_pass(x):
     b, a = signal.butter(5, 48, "high", fs=16000)
     return signal.filtfilt(b, a, x)
+
+
+def test_the_high_pass_is_scipys_butterworth():
+    b, a, steady, edge = high_pass_design()
+    expected = signal.butter(5, 48, "high", fs=16000)
+    for found, wanted in zip((b, a), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-14)
+    # Which is ill-conditioned: another LAPACK may give other digits.
+    np.testing.assert_allclose(steady, signal.lfilter_zi(b, a), rtol=1e-6)
+    assert edge == 18
 
 
 def test_high_pass_equals_filtfilt(rng):
