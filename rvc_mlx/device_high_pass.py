@@ -1,13 +1,17 @@
 """The 48 Hz high pass on NVIDIA GPUs: ``audio.high_pass_spool`` as a kernel.
 
-A recursive filter goes from sample to sample, but it forgets where it started. So each
-thread makes a run of samples, and begins long before it from the steady state of the
-sample there::
+A recursive filter goes from sample to sample, but what it carries from one run of samples
+to the next only fades. So the threads of a block make a run each from nothing, hand on
+what is left of it at its end, and make it again from what came before::
 
-    thread 0    |run|
-    thread 1    |...|run|                          . settles
-    ...
-    thread 99       |...............settles|run|
+    run          |.......|.......|.......|.......|
+    from nothing  -> end  -> end  -> end  -> end
+    handed on          +------->+------->+          in log2 of the runs
+    again         -> out  -> out  -> out  -> out
+
+A block begins long before its results, from the steady state of the sample there. Five
+numbers pass from run to run; in the filter's usual form they are so unlike that sums of
+them lose all digits, so each is the state of one pole here (a pair of them is complex).
 
 A kernel writes its result from the end to the start: launched on that, it goes backwards,
 and the order is the first again. It computes in float64, which MLX has not on a GPU: what
@@ -28,18 +32,17 @@ from rvc_mlx.audio import (
     HIGH_PASS_ORDER,
     SETTLED,
     edge_samples,
-    high_pass_design,
     odd_extended,
 )
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.spool import Spool
 
-# Samples of a thread. Most of its time it settles, however short the run; a warp keeps
-# the float64 units of a quarter of a processor busy, and an H200 has 528 of these. So
-# thirty seconds are 30 warps and the largest block is 257, all of them at work at once.
-_RUN = 512
+_RUN = 64  # samples of a thread
+_THREADS = 256  # of a block
+_RESULTS = _RUN * _THREADS - SETTLED  # samples of a block; before them it settles
+_LEVELS = _THREADS.bit_length() - 1
 _BATCH = 16  # samples that are read ahead: a read takes as long as so many steps
-_THREADS = 32  # of a block, so that the blocks spread over all processors
+_SHARED_MEMORY = 2 * 8 * HIGH_PASS_ORDER * _THREADS
 
 _HEADER = r"""
 struct alignas(16) Pack { float v[4]; };
@@ -59,41 +62,89 @@ struct Batch {
     }
 };
 
-struct Filter {  // direct form II, transposed
+struct State {  // of one real pole, then of pairs: real and imaginary part
     double z[ORDER];
 
-    __device__ __forceinline__ double next(double x) {
-        const double y = fma(B[0], x, z[0]);
+    __device__ __forceinline__ void times(const double* poles) {
+        z[0] *= poles[0];
         #pragma unroll
-        for (int k = 1; k < ORDER; k++) z[k - 1] = fma(-A[k], y, fma(B[k], x, z[k]));
-        z[ORDER - 1] = fma(-A[ORDER], y, B[ORDER] * x);
+        for (int k = 1; k < ORDER; k += 2) {
+            const double re = z[k], im = z[k + 1];
+            z[k] = fma(poles[k], re, -poles[k + 1] * im);
+            z[k + 1] = fma(poles[k], im, poles[k + 1] * re);
+        }
+    }
+    __device__ __forceinline__ double next(double x) {
+        times(POLES);
+        z[0] += x;
+        double y = fma(RESIDUES[0], z[0], DIRECT[0] * x);
+        #pragma unroll
+        for (int k = 1; k < ORDER; k += 2) {
+            z[k] += x;
+            y = fma(RESIDUES[k], z[k], fma(-RESIDUES[k + 1], z[k + 1], y));
+        }
         return y;
     }
 };
 """
 _SOURCE = r"""
-const int first = (blockIdx.x * blockDim.x + threadIdx.x) * RUN;
-if (first >= length) return;
-const double factor = (double)gain + (double)gain_rest;
-int n = first > SETTLED ? first - SETTLED : 0;
+extern __shared__ __align__(16) unsigned char shared[];
+double* ends = (double*)shared;  // [2][ORDER][THREADS]
+const int t = threadIdx.x, wanted = blockIdx.x * RESULTS;
+const int begin = wanted > SETTLED ? wanted - SETTLED : 0;
+const int first = begin + t * RUN;
 Batch now, ahead;
-ahead.read(x, x_rest, n);
-Filter filter;
+State start, state;
 #pragma unroll
-for (int k = 0; k < ORDER; k++) filter.z[k] = STEADY[k] * ahead.at(0);
-
-for (; n < first; n += BATCH) {
-    now = ahead;
-    ahead.read(x, x_rest, n + BATCH);
+for (int k = 0; k < ORDER; k++) start.z[k] = 0;
+if (t == 0) {
+    const double x0 = (double)x[begin] + (double)x_rest[begin];
     #pragma unroll
-    for (int k = 0; k < BATCH; k++) filter.next(now.at(k));
+    for (int k = 0; k < ORDER; k++) start.z[k] = STEADY[k] * x0;
 }
-for (; n < first + RUN; n += BATCH) {
+state = start;
+if (first < length) {
+    ahead.read(x, x_rest, first);
+    for (int n = first; n < first + RUN; n += BATCH) {
+        now = ahead;
+        ahead.read(x, x_rest, n + BATCH);
+        #pragma unroll
+        for (int k = 0; k < BATCH; k++) state.next(now.at(k));
+    }
+}
+
+for (int level = 0; level < LEVELS; level++) {
+    double* handed = ends + (level % 2) * ORDER * THREADS;
+    const int before = t - (1 << level);
+    #pragma unroll
+    for (int k = 0; k < ORDER; k++) handed[k * THREADS + t] = state.z[k];
+    __syncthreads();
+    if (before >= 0) {
+        State from;
+        #pragma unroll
+        for (int k = 0; k < ORDER; k++) from.z[k] = handed[k * THREADS + before];
+        from.times(HANDED + level * ORDER);
+        #pragma unroll
+        for (int k = 0; k < ORDER; k++) state.z[k] += from.z[k];
+    }
+}
+double* handed = ends + (LEVELS % 2) * ORDER * THREADS;
+#pragma unroll
+for (int k = 0; k < ORDER; k++) handed[k * THREADS + t] = state.z[k];
+__syncthreads();
+if (first < wanted || first >= wanted + RESULTS || first >= length) return;
+
+if (t > 0)
+    #pragma unroll
+    for (int k = 0; k < ORDER; k++) start.z[k] = handed[k * THREADS + t - 1];
+const double factor = (double)gain + (double)gain_rest;
+ahead.read(x, x_rest, first);
+for (int n = first; n < first + RUN; n += BATCH) {
     now = ahead;
     ahead.read(x, x_rest, n + BATCH);
     #pragma unroll
     for (int k = 0; k < BATCH; k++) {
-        const double out = factor * filter.next(now.at(k));
+        const double out = factor * start.next(now.at(k));
         const int place = length - 1 - n - k;
         if (place >= 0) {
             y[place] = (float)out;
@@ -102,6 +153,36 @@ for (; n < first + RUN; n += BATCH) {
     }
 }
 """
+
+
+# ``audio.high_pass_design`` in partial fractions, ``y = DIRECT * x + sum(RESIDUES * z)``
+# with ``z = POLES * z + x`` for each pole, found with 60 digits: float64 is too short to
+# find them. Of two complex poles one is there, with twice its residue, of which the real
+# part counts: numbers of the real pole, then real and imaginary parts.
+_DIRECT = (1.0309696635273913,)
+_POLES = (
+    0.9813258660302886,
+    0.9848053534211462, 0.010912449079336256,
+    0.9940326231478913, 0.017822121077635818,
+)  # fmt: skip
+_RESIDUES = (
+    -0.03571338750074912,
+    -0.03050448861396546, -0.041978282211789696,
+    0.005208857771168056, -0.016033969905342928,
+)  # fmt: skip
+# What the design's steady state is in these; it is 1e-7 off the filter's own.
+_STEADY = (
+    53.54999690511493,
+    43.418391397291295, 31.18209904476345,
+    16.893376449405853, 50.45362901561512,
+)  # fmt: skip
+
+
+def _handed() -> np.ndarray:
+    """Poles to the power of one run's samples, of two, of four ...: ``[levels, 5]``."""
+    poles = np.array([_POLES[0], complex(*_POLES[1:3]), complex(*_POLES[3:])])
+    powers = [poles ** (_RUN << level) for level in range(_LEVELS)]
+    return np.array([[p[0].real, *p[1:].view(float)] for p in powers])
 
 
 class DeviceSpool(Spool):
@@ -222,7 +303,7 @@ def _filtered(
     found = _kernel()(
         [x, rest],
         [(x.shape, mx.float32)] * 2,
-        Grid(-(-length // (_RUN * _THREADS)), _THREADS),
+        Grid(-(-length // _RESULTS), _THREADS, shared_memory=_SHARED_MEMORY),
         scalars=[length, gain, gain - float(np.float32(gain))],
     )
     return found[0], found[1]
@@ -231,15 +312,24 @@ def _filtered(
 @cache
 def _kernel() -> CudaKernel:
     """The kernel with the filter's numbers, of which every bit counts, in its source."""
-    b, a, steady, _ = high_pass_design()
     sizes = {
         "ORDER": HIGH_PASS_ORDER,
         "SETTLED": SETTLED,
         "RUN": _RUN,
+        "THREADS": _THREADS,
+        "RESULTS": _RESULTS,
+        "LEVELS": _LEVELS,
         "BATCH": _BATCH,
     }
     lines = [f"constexpr int {name} = {size};" for name, size in sizes.items()]
-    lines += [_table("B", b), _table("A", a), _table("STEADY", steady)]
+    tables = {
+        "DIRECT": _DIRECT,
+        "POLES": _POLES,
+        "RESIDUES": _RESIDUES,
+        "STEADY": _STEADY,
+        "HANDED": _handed().ravel(),
+    }
+    lines += [_table(name, values) for name, values in tables.items()]
     return CudaKernel(
         "high_pass",
         ("x", "x_rest"),

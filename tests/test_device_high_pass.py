@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from cuda_on_processor import as_on_processor, needs_compiler, results
 from scipy import signal
 
 from rvc_mlx import device_high_pass as module
@@ -12,6 +13,51 @@ from rvc_mlx.engine import choose_engine
 from rvc_mlx.spool import Spool
 
 on_cuda = pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+_MAIN = r"""
+#define __device__
+#define __forceinline__ inline
+%s
+void kernel(const float* x, const float* x_rest, float* y, float* y_rest, int length,
+            float gain, float gain_rest) {
+%s
+}
+int main(int, char**) {
+    auto n = read_array<int>("numbers");
+    auto x = read_array<float>("x"), rest = read_array<float>("rest");
+    std::vector<float> y(2 * x.size(), NAN);
+    body = [&] {
+        kernel(x.data(), rest.data(), y.data(), y.data() + x.size(), n[1],
+               __int_as_float(n[2]), __int_as_float(n[3]));
+    };
+    for (unsigned i = 0; i < (unsigned)n[0]; i++) {
+        blockIdx = {i, 0, 0};
+        run_block(THREADS, SHARED_MEMORY);
+    }
+    FILE* file = fopen("y", "wb");
+    fwrite(y.data(), sizeof(float), y.size(), file);
+    fclose(file);
+}
+"""
+
+
+def on_processor(folder, kernel):
+    """The kernel as ``CudaKernel`` is called; its source runs on the processor."""
+
+    def launch(inputs, outputs, grid, *, scalars):
+        for name, array in zip(("x", "rest"), inputs, strict=True):
+            np.array(array).tofile(folder / name)
+        length, *gains = scalars
+        bits = np.array(gains, np.float32).view(np.int32)
+        np.array([grid.blocks, length, *bits], np.int32).tofile(folder / "numbers")
+        assert grid.threads == module._THREADS
+        main = _MAIN % (kernel.header, as_on_processor(kernel.source))
+        constants = {"SHARED_MEMORY": grid.shared_memory}
+        [y, _] = results(folder, constants, main, mx.float32)
+        return mx.split(y, 2)
+
+    return launch
 
 
 def recording(rng, n, offset=0.3):
@@ -47,6 +93,36 @@ def test_blocks_and_extended_ends_make_up_the_recording(rng, monkeypatch, n, blo
     x = recording(rng, n)
     # Rounded to float32, after what rounding grows to in a filter of this form.
     assert worst(x, lambda s, gain: device_high_pass(s, block, gain=gain), 0.7) < 1e-7
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 19, 5000, 2 * SETTLED + 77, 50_000])
+def test_the_source_filters(tmp_path, rng, monkeypatch, n):
+    launch = on_processor(tmp_path, module._kernel())
+    monkeypatch.setattr(module, "_kernel", lambda: launch)
+    x = recording(rng, n)
+    assert worst(x, lambda s, gain: device_high_pass(s, gain=gain), 0.7) < 2e-7
+
+
+def test_the_partial_fractions_are_the_filter():
+    b, a, steady, _ = high_pass_design()
+    impulse = np.zeros(3000)
+    impulse[0] = 1
+    numbers = (module._POLES, module._RESIDUES, module._STEADY)
+    poles, residues, start = (
+        np.array([v[0], complex(*v[1:3]), complex(*v[3:])]) for v in numbers
+    )
+    after = poles[:, None] ** np.arange(3000)
+    found = (residues @ after).real + module._DIRECT[0] * impulse
+    # Its usual form loses digits from sample to sample.
+    expected = signal.lfilter(b, a, impulse)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(found[:5], expected[:5], rtol=1e-12)
+    found = ((residues * poles * start) @ after).real
+    expected = signal.lfilter(b, a, 0 * impulse, zi=steady)[0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)
+    np.testing.assert_allclose(found[:5], expected[:5], rtol=1e-12)
 
 
 def test_extended_ends_are_exact_in_two_arrays(rng):
