@@ -23,8 +23,8 @@ import torch
 from torch_side import Place
 
 import rvc_reference.training as reference
+from rvc_mlx import compiling
 from rvc_mlx.machine import lend_openblas
-from rvc_mlx.training import compiling
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.dataset import Batch
 from rvc_mlx.training.forward import Draws, draw, step_inputs

@@ -11,8 +11,8 @@ from pathlib import Path
 from recipes.corpus import Shard, find_shards, read_shards, speaker_of
 from recipes.optimisation import Schedule, Training
 from recipes.running import Watch
+from rvc_mlx import compiling
 from rvc_mlx.checkpoint import name_and_hash
-from rvc_mlx.training import compiling
 
 log = logging.getLogger("recipes")
 

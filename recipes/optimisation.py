@@ -22,7 +22,7 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from rvc_mlx.training import compiling
+from rvc_mlx import compiling
 from rvc_mlx.training.distributed import (
     Group,
     agree,

@@ -1,22 +1,24 @@
-"""How a training step is compiled, if it is.
+"""How a network or a training step is compiled, if it is.
 
-One step is a graph of more than ten thousand operations, and to build it in Python takes
-longer than a GPU needs for them:
+To build a graph in Python takes longer than a GPU needs for its operations, of which a
+network has hundreds and a training step more than ten thousand:
 
-- ``"traced"``: it is built once for each shape of batch and replayed as it is. Nothing is
-  compiled, so that training starts at once.
+- ``"traced"``: it is built once for each shape and replayed as it is. Nothing is
+  compiled, so that it starts at once.
 - ``"fused"``: likewise, and operations that follow one another become one kernel where
   they can. On CUDA hundreds of kernels are compiled for that, minutes on a new machine.
-- ``"no"``: it is built anew at each step.
+- ``"no"``: it is built anew at each call.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 import mlx.core as mx
@@ -28,6 +30,7 @@ Function = Callable[..., Any]
 # ``void mlx::core::set_compile_mode(CompileMode)``, in C++ only, and its values.
 _SYMBOL = "_ZN3mlx4core16set_compile_modeENS0_11CompileModeE"
 _NO_FUSE, _ENABLED = 2, 3
+_MODE = Lock()  # it is one for all threads
 
 
 def compiled(function: Function, way: str) -> Function:
@@ -57,14 +60,61 @@ def compiled(function: Function, way: str) -> Function:
     return traced
 
 
+class Replayed:
+    """A function of arrays whose graphs are built once for each shape, as ``"traced"``.
+
+    The newest of them are kept; a server that meets ever new lengths does not grow. A
+    graph belongs to the stream that it was built on, and so to its thread. The first call
+    is not kept: what the function holds may still have to be computed, and would be part
+    of the graph.
+
+    Args:
+        function: pure, of arrays to an array.
+        kept: graphs.
+
+    Raises:
+        RuntimeError: this MLX cannot trace without fusing.
+    """
+
+    def __init__(self, function: Callable[..., mx.array], kept: int = 32):
+        _switch()
+        self._function, self._kept = function, kept
+        self._graphs: OrderedDict[Any, Function] = OrderedDict()
+        self._called, self._lock = False, Lock()
+
+    def __call__(self, *arrays: mx.array) -> mx.array:
+        """As the function; may still be computing."""
+        if not self._called:
+            self._called = True
+            return self._function(*arrays)
+        stream = str(mx.default_stream(mx.default_device()))
+        key = (stream, *((array.shape, array.dtype) for array in arrays))
+        with self._lock:
+            graph = self._graphs.pop(key, None)
+            if graph is not None:
+                self._graphs[key] = graph
+        if graph is not None:
+            return cast(mx.array, graph(*arrays))
+        # A function of its own: MLX forgets all graphs of one together.
+        graph = mx.compile(lambda *given: self._function(*given))
+        with _unfused():
+            result = cast(mx.array, graph(*arrays))
+        with self._lock:
+            self._graphs[key] = graph
+            while len(self._graphs) > self._kept:
+                self._graphs.popitem(last=False)
+        return result
+
+
 @contextmanager
 def _unfused() -> Iterator[None]:
     """What ``mx.compile`` traces meanwhile keeps its operations."""
-    _switch()(_NO_FUSE)
-    try:
-        yield
-    finally:
-        _switch()(_ENABLED)
+    with _MODE:
+        _switch()(_NO_FUSE)
+        try:
+            yield
+        finally:
+            _switch()(_ENABLED)
 
 
 @cache

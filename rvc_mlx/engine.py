@@ -27,6 +27,7 @@ import numpy as np
 from rvc_mlx import fused_encoder, fused_prior, fused_unet
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.audio import HighPass, high_pass_spool
+from rvc_mlx.compiling import Replayed
 from rvc_mlx.device_high_pass import device_high_pass
 from rvc_mlx.device_index import DeviceIndex
 from rvc_mlx.device_mel import device_log_mel
@@ -194,8 +195,20 @@ class MLXEngine:
                 fused_prior.quicken(network)
         if isinstance(step, GRU):
             return checked(step) if supports(step) else step
-        # On CUDA compiled networks were no faster, and each fusion takes seconds once.
+        # On CUDA each fusion would take seconds once; see ``_joined``.
         return mx.compile(step) if mx.metal.is_available() else step
+
+    def _joined(self, steps: Sequence[Step]) -> Step:
+        """Prepared steps as one, to float32."""
+
+        def network(*arrays: mx.array) -> mx.array:
+            for step in steps:
+                arrays = (step(*arrays),)
+            return arrays[0].astype(mx.float32)
+
+        # What is not to be short of float32 stays as it is: its GELU would be five passes.
+        on_cuda = self._device == mx.Device(mx.gpu) and mx.cuda.is_available()
+        return Replayed(network) if on_cuda and self._fast_products else network
 
 
 class _MLXRun:
@@ -203,7 +216,7 @@ class _MLXRun:
 
     def __init__(self, engine: MLXEngine, seam: Seam):
         self._engine, self._seam = engine, seam
-        self._steps: list[Step] = []
+        self._network: Step | None = None
         self._dtype = mx.float32 if seam.exact else _DTYPES[engine.precision]
 
     def __call__(self, *arrays: Array) -> np.ndarray:
@@ -212,14 +225,12 @@ class _MLXRun:
     def start(self, *arrays: Array) -> mx.array:
         engine = self._engine
         with mx.stream(engine._device):
-            if not self._steps:
+            if self._network is None:
                 steps = self._seam.build(self._dtype)
-                self._steps.extend(map(engine._prepared, steps))
+                self._network = engine._joined(list(map(engine._prepared, steps)))
                 engine._resident = mx.get_active_memory()
-            result = [_as_input(array, self._dtype) for array in arrays]
-            for step in self._steps:
-                result = [step(*result)]
-            output = result[0].astype(mx.float32)
+            inputs = [_as_input(array, self._dtype) for array in arrays]
+            output = self._network(*inputs)
             engine._begin(output)
             return output
 

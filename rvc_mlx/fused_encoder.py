@@ -21,6 +21,7 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx.arrays import steady_length, zeros_behind
+from rvc_mlx.elementwise import gelu
 from rvc_mlx.models.contentvec import ContentVec
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
@@ -61,6 +62,19 @@ class ShortAttention(nn.Module):
         return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2).astype(x.dtype))
 
 
+class ShortFeedForward(nn.Module):
+    """``FeedForward`` with its GELU in one pass."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.intermediate_dense = layer.intermediate_dense
+        self.output_dense = layer.output_dense
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, F, C]`` to ``[B, F, C]``."""
+        return self.output_dense(gelu(self.intermediate_dense(x)))
+
+
 def _factors(dtype: mx.Dtype) -> mx.Dtype:
     """The type in which attention multiplies numbers of this type."""
     return mx.float16 if dtype == mx.float32 else dtype
@@ -75,6 +89,7 @@ class SteadyEncoder(nn.Module):
         self.layer_norm, self.layers = encoder.layer_norm, encoder.layers
         for layer in self.layers:
             layer.attention = ShortAttention(layer.attention)
+            layer.feed_forward = ShortFeedForward(layer.feed_forward)
 
     def __call__(self, x: mx.array, num_layers: int) -> mx.array:
         """See ``Encoder``."""
@@ -106,8 +121,8 @@ class ProductExtractor(nn.Module):
         whole = audio.shape[1] // stride * stride
         x = normed_convolution(audio[:, :whole, None], first.conv, first.layer_norm)
         for layer in others:
-            x = strided_product(nn.gelu(x), layer.conv.weight, layer.conv.stride)
-        return nn.gelu(x)
+            x = strided_product(gelu(x), layer.conv.weight, layer.conv.stride)
+        return gelu(x)
 
 
 def strided_product(x: mx.array, weight: mx.array, stride: int) -> mx.array:
@@ -200,4 +215,4 @@ class WindowedEmbedding(nn.Module):
         ).reshape(G, B * windows, width)
         y = (x @ self.weight).reshape(G, B, windows, _STEP, C // G)
         y = y.transpose(1, 2, 3, 0, 4).reshape(B, windows * _STEP, C)[:, :F]
-        return nn.gelu(y + self.bias)
+        return gelu(y + self.bias)

@@ -8,6 +8,7 @@ from rvc_mlx import (
     conv_kernel,
     cuda_kernel,
     device_high_pass,
+    elementwise,
     fused_joints,
     fused_prior,
     fused_unet,
@@ -84,8 +85,8 @@ def others():
         unet = {"T": dtype, "PACK": fused_unet._PACK}
         yield fused_unet._KERNEL, (dtype, F32, dtype, F32), (dtype,), unet
         yield fused_unet._POOL, (dtype,), (dtype,), unet
-        pack = {"T": dtype, "PACK": fused._PACK}
-        yield fused._GELU, (dtype,), (dtype,), pack
+        pack = {"T": dtype, "PACK": elementwise.PACK}
+        yield elementwise.GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
         yield fused_prior.GATE, (dtype,), (dtype,), pack
         yield fused_joints._KERNEL, (dtype, dtype, F32), (dtype,), pack

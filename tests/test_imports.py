@@ -19,13 +19,23 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rvc_mlx"
 # A module imports only from those before it.
 ORDER = [
-    *("version", "arrays", "machine", "spool", "audio", "ffmpeg_decoders", "decoders"),
+    *(
+        "version",
+        "arrays",
+        "compiling",
+        "machine",
+        "spool",
+        "audio",
+        "ffmpeg_decoders",
+        "decoders",
+    ),
     *("output_format", "audio_io", "loudness", "spectral", "device_mel"),
     *("formats", "checkpoint", "download", "bundled_models"),
     *(
         "models",
         "noise",
         "cuda_kernel",
+        "elementwise",
         "device_high_pass",
         "gru_kernel",
         "conv_kernel",

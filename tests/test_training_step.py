@@ -13,9 +13,9 @@ import torch
 from tiny_models import Kind, arrays, randomize
 
 import rvc_reference.training as reference
+from rvc_mlx import compiling
 from rvc_mlx.models.layers import fold_weight_norm
 from rvc_mlx.models.voice_config import SynthesizerConfig
-from rvc_mlx.training import compiling
 from rvc_mlx.training import step as step_module
 from rvc_mlx.training.convolutions import (
     Convolutions,

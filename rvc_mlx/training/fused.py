@@ -13,9 +13,10 @@ from functools import cache
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
+from rvc_mlx import elementwise
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.elementwise import PACK, PACKS, on_cuda, packed, whole_packs
 from rvc_mlx.fused_prior import GATE
 from rvc_mlx.models.layers import LRELU_SLOPE, gated
 
@@ -41,34 +42,11 @@ _BACK = CudaKernel(
     (("slope", "float"),),
 )
 
-_PACK = 8  # values of a thread
-_PACKS = r"""
-struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int i = blockIdx.x * blockDim.x + threadIdx.x;
-if (i >= packs) return;
-const Pack in = ((const Pack*)x)[i];
-Pack out;
-"""
-_GELU = CudaKernel(
-    "gelu",
-    ("x",),
-    ("y",),
-    _PACKS
-    + r"""
-#pragma unroll
-for (int k = 0; k < PACK; k++) {
-    const float v = float(in.v[k]);
-    out.v[k] = T(v * (0.5f + 0.5f * erff(v * 0.70710678f)));
-}
-((Pack*)y)[i] = out;
-""",
-    (("packs", "int"),),
-)
 _GELU_BACK = CudaKernel(
     "gelu_back",
     ("x", "cotangent"),
     ("y",),
-    _PACKS
+    PACKS
     + r"""
 const Pack back = ((const Pack*)cotangent)[i];
 #pragma unroll
@@ -148,14 +126,14 @@ def gelu(x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _gelu(x: mx.array) -> mx.array:
-    return _packed(_GELU, x) if _whole_packs(x) else nn.gelu(x)
+    return elementwise.gelu(x)
 
 
 @_gelu.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     del output
-    if _whole_packs(x):
-        return _packed(_GELU_BACK, x, cotangent)
+    if whole_packs(x):
+        return packed(_GELU_BACK, x, cotangent)
     exact = x.astype(mx.float32)
     below = 0.5 + 0.5 * mx.erf(exact / math.sqrt(2))
     density = mx.exp(-0.5 * exact * exact) / math.sqrt(2 * math.pi)
@@ -185,47 +163,25 @@ def _gate_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     return mx.concatenate(slopes, axis=-1)
 
 
-def on_cuda() -> bool:
-    """Whether MLX computes on an NVIDIA GPU now, so that CUDA kernels run."""
-    return bool(mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu))
-
-
 def _whole_warps(x: mx.array) -> bool:
     """Whether a kernel takes ``x``: on CUDA, and no thread is without a value."""
     return on_cuda() and x.size > 0 and x.size % _WARP == 0
 
 
-def _whole_packs(x: mx.array) -> bool:
-    return on_cuda() and 0 < x.size < 1 << 31 and x.size % _PACK == 0
-
-
 def _whole_halves(x: mx.array) -> bool:
-    return _whole_packs(x) and x.shape[-1] % (2 * _PACK) == 0
+    return whole_packs(x) and x.shape[-1] % (2 * PACK) == 0
 
 
 def _halved(
     kernel: CudaKernel, shape: tuple[int, ...], x: mx.array, *more: mx.array
 ) -> mx.array:
-    packs = x.size // (2 * _PACK)
+    packs = x.size // (2 * PACK)
     (y,) = kernel(
         [x, *more],
         [(shape, x.dtype)],
         Grid(-(-packs // _BLOCK), _BLOCK),
-        scalars=[packs, x.shape[-1] // (2 * _PACK)],
-        constants={"T": x.dtype, "PACK": _PACK},
-    )
-    return y
-
-
-def _packed(kernel: CudaKernel, x: mx.array, *more: mx.array) -> mx.array:
-    """A kernel whose threads take 16 bytes or more each: half precision wants that."""
-    packs = x.size // _PACK
-    (y,) = kernel(
-        [x, *more],
-        [(x.shape, x.dtype)],
-        Grid(-(-packs // _BLOCK), _BLOCK),
-        scalars=[packs],
-        constants={"T": x.dtype, "PACK": _PACK},
+        scalars=[packs, x.shape[-1] // (2 * PACK)],
+        constants={"T": x.dtype, "PACK": PACK},
     )
     return y
 

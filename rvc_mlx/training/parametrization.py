@@ -20,9 +20,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from rvc_mlx.elementwise import on_cuda
 from rvc_mlx.training.discriminators import Discriminator
 from rvc_mlx.training.forward import training_network
-from rvc_mlx.training.fused import on_cuda
 from rvc_mlx.training.presets import TrainingConfig
 from rvc_mlx.training.weight_norm import folding, piece_rows
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.training import compiling
+from rvc_mlx import compiling
 from rvc_mlx.training.convolutions import Convolutions
 from rvc_mlx.training.discriminators import Discriminator
 from rvc_mlx.training.distributed import Group, frame_share, mean_gradients, rank_of
