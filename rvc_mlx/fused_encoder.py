@@ -22,6 +22,7 @@ import numpy as np
 
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.elementwise import gelu
+from rvc_mlx.fused_norm import added_norm
 from rvc_mlx.models.contentvec import ContentVec
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
@@ -93,15 +94,19 @@ class SteadyEncoder(nn.Module):
 
     def __call__(self, x: mx.array, num_layers: int) -> mx.array:
         """See ``Encoder``."""
-        x = self.layer_norm(x + self.pos_conv_embed(x))
+        x = _ended(x, self.pos_conv_embed(x), self.layer_norm)
         frames = x.shape[1]
         x = zeros_behind(x, steady_length(frames, 8, _LARGEST_STEP))
         mask = mx.where(mx.arange(x.shape[1]) < frames, 0.0, -mx.inf)
         mask = mask.astype(_factors(x.dtype))[None, None, None]  # once for all layers
         for layer in self.layers[:num_layers]:
-            x = layer.layer_norm(x + layer.attention(x, mask))
-            x = layer.final_layer_norm(x + layer.feed_forward(x))
+            x = _ended(x, layer.attention(x, mask), layer.layer_norm)
+            x = _ended(x, layer.feed_forward(x), layer.final_layer_norm)
         return x[:, :frames]
+
+
+def _ended(x: mx.array, made: mx.array, norm: nn.LayerNorm) -> mx.array:
+    return added_norm(x, made, norm.weight, norm.bias, norm.eps)
 
 
 class ProductExtractor(nn.Module):

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.fused_norm import added_norm
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.models.vits import (
     RELATIVE_WINDOW,
@@ -191,11 +192,7 @@ def quicken(network: Synthesizer) -> None:
     """Let a loaded voice's prior compute this way from now on, if its widths allow it."""
     encoder, flow = network.enc_p.encoder, network.flow
     if isinstance(encoder, Encoder) and _attends(encoder):
-        for i, (attention, feed) in enumerate(
-            zip(encoder.attn_layers, encoder.ffn_layers, strict=True)
-        ):
-            encoder.attn_layers[i] = FusedAttention(attention)
-            encoder.ffn_layers[i] = FusedFFN(feed)
+        network.enc_p.encoder = FusedEncoder(encoder)
     if isinstance(flow, ResidualCouplingFlow) and _flows(flow):
         network.flow = InvertedFlow(flow)
 
@@ -334,6 +331,29 @@ class FusedFFN(nn.Module):
         _refuse(mask)
         for (weight, bias), rectify in ((self.first, False), (self.second, True)):
             x = mx.addmm(bias, windows(x, self._taps, rectify), weight.T)
+        return x
+
+
+class FusedEncoder(nn.Module):
+    """``Encoder``."""
+
+    def __init__(self, encoder: Encoder):
+        super().__init__()
+        self.attn_layers = list(map(FusedAttention, encoder.attn_layers))
+        self.ffn_layers = list(map(FusedFFN, encoder.ffn_layers))
+        self.norm_layers_1 = encoder.norm_layers_1
+        self.norm_layers_2 = encoder.norm_layers_2
+
+    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
+        """``[B, T, C]`` to ``[B, T, C]``."""
+        _refuse(mask)
+        layers = (
+            *(self.attn_layers, self.norm_layers_1),
+            *(self.ffn_layers, self.norm_layers_2),
+        )
+        for attend, norm_1, feed, norm_2 in zip(*layers, strict=True):
+            x = added_norm(x, attend(x), norm_1.gamma, norm_1.beta, norm_1._eps)
+            x = added_norm(x, feed(x), norm_2.gamma, norm_2.beta, norm_2._eps)
         return x
 
 

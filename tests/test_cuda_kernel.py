@@ -10,6 +10,7 @@ from rvc_mlx import (
     device_high_pass,
     elementwise,
     fused_joints,
+    fused_norm,
     fused_prior,
     fused_unet,
     gru_kernel,
@@ -86,6 +87,9 @@ def others():
         yield fused_unet._KERNEL, (dtype, F32, dtype, F32), (dtype,), unet
         yield fused_unet._POOL, (dtype,), (dtype,), unet
         pack = {"T": dtype, "PACK": elementwise.PACK}
+        for channels in (192, 768, 1000):
+            row = {"ROWS": 8, "WIDTH": channels // 8, "EACH": -(-channels // 256)}
+            yield fused_norm._KERNEL, 4 * (dtype,), (dtype,), pack | row
         yield elementwise.GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
         yield fused_prior.GATE, (dtype,), (dtype,), pack

@@ -36,6 +36,7 @@ ORDER = [
         "noise",
         "cuda_kernel",
         "elementwise",
+        "fused_norm",
         "device_high_pass",
         "gru_kernel",
         "conv_kernel",

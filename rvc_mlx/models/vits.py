@@ -137,7 +137,7 @@ class TextEncoder(nn.Module):
         self.emb_phone = nn.Linear(feature_size, hidden_channels)
         if f0:
             self.emb_pitch = nn.Embedding(256, hidden_channels)
-        self.encoder = Encoder(
+        self.encoder: nn.Module = Encoder(
             hidden_channels, filter_channels, num_heads, num_layers, kernel_size
         )
         self.proj = nn.Conv1d(hidden_channels, 2 * out_channels, 1)
