@@ -68,22 +68,27 @@ def begin_decoding(
 
     A device does it before what it is given next.
     """
-    xp, bins = array_module(salience), salience.shape[1]
-    near = xp.argmax(salience, axis=1)[:, None] + xp.arange(9)[None]  # [T, 9]
+    xp = array_module(salience)
+    strongest = xp.argmax(salience, axis=1)
+    near = strongest[:, None] + xp.arange(9, dtype=strongest.dtype)  # [T, 9]
     padded = xp.pad(salience, ((0, 0), (4, 4)))
     strengths = xp.take_along_axis(padded, near, axis=1)
-    begin(near, strengths)
-    return lambda: _mean_hertz(to_host(near), to_host(strengths), bins, threshold)
+    begin(strongest, strengths)
+    return lambda: _mean_hertz(to_host(strongest), to_host(strengths), threshold)
 
 
 def _mean_hertz(
-    near: np.ndarray, strengths: np.ndarray, bins: int, threshold: float
+    strongest: np.ndarray, strengths: np.ndarray, threshold: float
 ) -> np.ndarray:
-    """Hz of the bins ``near`` ``[T, 9]`` by their strengths, 0 where the fifth is weak."""
-    cents = np.pad(CENTS_PER_BIN * np.arange(bins) + FIRST_BIN_CENTS, 4)
+    """Hz of bins ``[T]`` by their own and their neighbours' strengths ``[T, 9]``.
+
+    0 where the bin's own, the fifth, is weak. Those of bins that are not there are 0.
+    """
+    near = strongest.astype(np.int64)[:, None] + np.arange(-4, 5)
+    cents = CENTS_PER_BIN * near + FIRST_BIN_CENTS
     weights = strengths.astype(np.float64)
     total = np.maximum(weights.sum(axis=1), 1e-12)
-    mean = (weights * cents[near]).sum(axis=1) / total
+    mean = (weights * cents).sum(axis=1) / total
     return np.where(strengths[:, 4] > threshold, 10 * 2 ** (mean / 1200), 0.0)
 
 
