@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -121,9 +123,17 @@ class Job:
                     "the recording is so short that the original gives nothing for it; "
                     "expected 25 ms or more with reference_lengths"
                 )
-            self._gate = SilenceGate(self.source)
         except (ValueError, OSError) as error:
             self.failure = error
+
+    @cached_property
+    def _gate(self) -> SilenceGate:
+        return SilenceGate(self.source)
+
+    def find_silence(self) -> None:
+        """Find out where the recording is silent, which the result will be, too."""
+        with suppress(OSError):  # then ``whole`` and ``blocks`` raise it
+            _ = self._gate
 
     def heard(self, segment: Segment) -> Array:
         """What the encoder hears of a segment: ``[samples]`` float32 at 16 kHz."""

@@ -114,6 +114,9 @@ def _wave(
         with report.stage("prior"):
             z = sample_latents(nets.voice, features, pieces)
         yield from start_windows(nets.voice, z, pieces, report)
+    with report.stage("finish"):  # what can be done before there is a result
+        for job in jobs:
+            job.find_silence()
 
 
 def _encoded(
