@@ -6,7 +6,10 @@ either, and only what needs the host asks for numpy.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -14,6 +17,9 @@ import numpy as np
 
 Array = np.ndarray | mx.array
 Item = TypeVar("Item")
+
+_LEAST_COPY = 1 << 18  # bytes; for fewer the copier's start costs more
+_ANY_DIRECTION = 4  # cudaMemcpyDefault
 
 
 def array_module(x: Array) -> Any:
@@ -38,6 +44,54 @@ def reflected(x: Array, before: int, after: int) -> Array:
 def to_host(x: Array) -> np.ndarray:
     """``x`` as numpy; waits until it is computed."""
     return np.asarray(x)
+
+
+def copy_to(target: np.ndarray, x: np.ndarray) -> None:
+    """``target[:] = x``, by the device's copier where ``x`` lies in memory of it.
+
+    The host would fetch such memory page by page, in two and a half times the time.
+
+    Args:
+        target: as ``x``, contiguous.
+        x: on the host, or as ``to_host`` gives it.
+    """
+    owner: object = x
+    while isinstance(owner, np.ndarray) and owner.base is not None:
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    plain = (
+        x.dtype == target.dtype and x.flags.c_contiguous and target.flags.c_contiguous
+    )
+    if isinstance(owner, mx.array) and plain and x.nbytes >= _LEAST_COPY:
+        copier = _cuda_copier()
+        if copier and copier(target, x):
+            return
+    target[:] = x
+
+
+@cache
+def _cuda_copier() -> Callable[[np.ndarray, np.ndarray], bool] | None:
+    """Copies from CUDA's managed memory on a stream of its own; None without CUDA."""
+    if not mx.cuda.is_available():
+        return None
+    stream = ctypes.c_void_p()
+    for version in (13, 12):
+        with suppress(OSError, AttributeError):
+            cuda = ctypes.CDLL(f"libcudart.so.{version}")
+            # Not the default stream, which waits for all the others.
+            if cuda.cudaStreamCreateWithFlags(ctypes.byref(stream), 1) == 0:
+                break
+    else:
+        return None
+
+    def copy(target: np.ndarray, x: np.ndarray) -> bool:
+        places = (ctypes.c_void_p(a.ctypes.data) for a in (target, x))
+        size = ctypes.c_size_t(x.nbytes)
+        failed = cuda.cudaMemcpyAsync(*places, size, _ANY_DIRECTION, stream)
+        return not (failed or cuda.cudaStreamSynchronize(stream))
+
+    return copy
 
 
 def begin(*arrays: Array) -> None:

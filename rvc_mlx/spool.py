@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array
+from .arrays import Array, copy_to
 
 BLOCK = 1 << 18  # samples: 1 MiB of float32
 MEMORY = 32 << 20  # bytes of a recording kept in memory: 9 minutes at 16 kHz
@@ -114,7 +114,7 @@ class Spool:
         if self._file:
             self._write_file(self._length, x)
         else:
-            self._buffer[self._length : stop] = x
+            copy_to(self._buffer[self._length : stop], x)
         self._length = stop
 
     def _write_file(self, start: int, x: np.ndarray) -> None:
