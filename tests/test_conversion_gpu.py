@@ -50,7 +50,9 @@ def test_a_conversion_is_the_same_again(engine, small_models, monkeypatch):
         for i in numbers:
             found = converter.convert(recordings[i], RATE, options).audio
             assert np.abs(found).max() > 0.01
-            np.testing.assert_allclose(found, expected[i], rtol=0, atol=1e-5)
+            # A GELU that MLX fuses in one is five steps in the other: TF32 may round its
+            # results up in one and down in the other.
+            np.testing.assert_allclose(found, expected[i], rtol=0, atol=2e-4)
 
     check((0, 0, 0, 1, 2, 1, 0, 2))
     with ThreadPoolExecutor(1) as pool:  # which has a stream of its own
