@@ -60,9 +60,8 @@ def copy_to(target: np.ndarray, x: np.ndarray) -> None:
         owner = owner.base
     if isinstance(owner, memoryview):
         owner = owner.obj
-    plain = (
-        x.dtype == target.dtype and x.flags.c_contiguous and target.flags.c_contiguous
-    )
+    alike = (x.dtype, x.shape) == (target.dtype, target.shape)
+    plain = alike and x.flags.c_contiguous and target.flags.c_contiguous
     if isinstance(owner, mx.array) and plain and x.nbytes >= _LEAST_COPY:
         copier = _cuda_copier()
         if copier and copier(target, x):
@@ -79,8 +78,9 @@ def _cuda_copier() -> Callable[[np.ndarray, np.ndarray], bool] | None:
     for version in (13, 12):
         with suppress(OSError, AttributeError):
             cuda = ctypes.CDLL(f"libcudart.so.{version}")
-            # Not the default stream, which waits for all the others.
-            if cuda.cudaStreamCreateWithFlags(ctypes.byref(stream), 1) == 0:
+            # It waits for the default stream, on which MLX brings the array here, but not
+            # as that does for networks that are under way.
+            if cuda.cudaStreamCreate(ctypes.byref(stream)) == 0:
                 break
     else:
         return None

@@ -13,12 +13,13 @@ network has hundreds and a training step more than ten thousand:
 from __future__ import annotations
 
 import ctypes
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 from typing import Any, cast
 
 import mlx.core as mx
@@ -30,7 +31,8 @@ Function = Callable[..., Any]
 # ``void mlx::core::set_compile_mode(CompileMode)``, in C++ only, and its values.
 _SYMBOL = "_ZN3mlx4core16set_compile_modeENS0_11CompileModeE"
 _NO_FUSE, _ENABLED = 2, 3
-_MODE = Lock()  # it is one for all threads
+_MODE = RLock()  # it is one for all threads
+_WITHIN: list[bool] = []  # an entry for each trace that is under way, one in another
 
 
 def compiled(function: Function, way: str) -> Function:
@@ -61,16 +63,18 @@ def compiled(function: Function, way: str) -> Function:
 
 
 class Replayed:
-    """A function of arrays whose graphs are built once for each shape, as ``"traced"``.
+    """A function of arrays whose graphs are kept by shape, as ``"traced"`` keeps them.
 
-    The newest of them are kept; a server that meets ever new lengths does not grow. A
-    graph belongs to the stream that it was built on, and so to its thread. The first call
-    is not kept: what the function holds may still have to be computed, and would be part
-    of the graph.
+    To keep one takes several times as long as to build it. So a shape's first call builds
+    it as ever, and the second, if there is one, keeps it. What the function holds is
+    computed by then, and no part of the graph.
+
+    The newest graphs are kept; a server that meets ever new lengths does not grow. A graph
+    belongs to the stream that it was built on, and so to its thread.
 
     Args:
         function: pure, of arrays to an array.
-        kept: graphs.
+        kept: graphs; and shapes that were met once.
 
     Raises:
         RuntimeError: this MLX cannot trace without fusing.
@@ -79,42 +83,48 @@ class Replayed:
     def __init__(self, function: Callable[..., mx.array], kept: int = 32):
         _switch()
         self._function, self._kept = function, kept
-        self._graphs: OrderedDict[Any, Function] = OrderedDict()
-        self._called, self._lock = False, Lock()
+        self._graphs: OrderedDict[Any, Function | None] = OrderedDict()
+        self._lock = Lock()
 
     def __call__(self, *arrays: mx.array) -> mx.array:
         """As the function; may still be computing."""
-        if not self._called:
-            self._called = True
-            return self._function(*arrays)
         stream = str(mx.default_stream(mx.default_device()))
         key = (stream, *((array.shape, array.dtype) for array in arrays))
         with self._lock:
-            graph = self._graphs.pop(key, None)
-            if graph is not None:
-                self._graphs[key] = graph
-        if graph is not None:
-            return cast(mx.array, graph(*arrays))
-        # A function of its own: MLX forgets all graphs of one together.
-        graph = mx.compile(lambda *given: self._function(*given))
-        with _unfused():
-            result = cast(mx.array, graph(*arrays))
+            known = key in self._graphs
+            graph = self._graphs.get(key)
+        if not known:
+            result = self._function(*arrays)
+        elif graph is None:
+            # A function of its own: MLX forgets all graphs of one together.
+            graph = mx.compile(lambda *given: self._function(*given))
+            with _unfused():
+                result = graph(*arrays)
+        else:
+            result = graph(*arrays)
         with self._lock:
             self._graphs[key] = graph
+            self._graphs.move_to_end(key)
             while len(self._graphs) > self._kept:
                 self._graphs.popitem(last=False)
-        return result
+        return cast(mx.array, result)
 
 
 @contextmanager
 def _unfused() -> Iterator[None]:
     """What ``mx.compile`` traces meanwhile keeps its operations."""
+    if "MLX_DISABLE_COMPILE" in os.environ:  # a switch back would undo it
+        yield
+        return
     with _MODE:
         _switch()(_NO_FUSE)
+        _WITHIN.append(True)
         try:
             yield
         finally:
-            _switch()(_ENABLED)
+            _WITHIN.pop()
+            if not _WITHIN:
+                _switch()(_ENABLED)
 
 
 @cache

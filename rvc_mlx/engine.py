@@ -206,9 +206,18 @@ class MLXEngine:
                 arrays = (step(*arrays),)
             return arrays[0].astype(mx.float32)
 
-        # What is not to be short of float32 stays as it is: its GELU would be five passes.
         on_cuda = self._device == mx.Device(mx.gpu) and mx.cuda.is_available()
-        return Replayed(network) if on_cuda and self._fast_products else network
+        # What is not to be short of float32 stays as it is: its GELU would be five passes.
+        # So does a plain loop over frames: MLX walks a graph to its end by recursion.
+        if not (on_cuda and self._fast_products):
+            return network
+        if any(isinstance(step, GRU) for step in steps):
+            return network
+        try:
+            return Replayed(network)
+        except RuntimeError as error:
+            log.info("graphs are built anew at each call: %s", error)
+            return network
 
 
 class _MLXRun:

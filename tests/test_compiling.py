@@ -37,23 +37,24 @@ def check(replayed, x, y):
     np.testing.assert_allclose(replayed(x, y), expected, rtol=1e-6)
 
 
-def test_a_shape_is_built_once_after_the_first_call(rng):
+def test_a_graph_is_kept_from_the_second_call_with_a_shape(rng):
     counted = Counted()
     replayed = Replayed(counted)
-    for n in (4, 4, 4, 5, 4, 5):
+    for n in (4, 4, 4, 5, 4, 5, 5, 4):
         check(replayed, *arrays(rng, n))
-    assert [shape for shape, _ in counted.shapes] == [(4, 3), (4, 3), (5, 3)]
-    check(replayed, *arrays(rng, 4, mx.float16))
-    assert counted.shapes[3:] == [((4, 3), mx.float16)]
+    assert [shape[0] for shape, _ in counted.shapes] == [4, 4, 5, 5]
+    for _ in range(3):
+        check(replayed, *arrays(rng, 4, mx.float16))
+    assert counted.shapes[4:] == 2 * [((4, 3), mx.float16)]
 
 
 def test_the_newest_graphs_are_kept(rng):
     counted = Counted()
     replayed = Replayed(counted, kept=2)
-    check(replayed, *arrays(rng, 1))
-    for n in (1, 2, 1, 3, 1, 2):  # 3 takes the place of 2, and 2 that of 3
+    for n in (1, 1, 2, 2, 1, 3, 3, 1, 2):  # 3 takes the place of 2, and 2 that of 3
         check(replayed, *arrays(rng, n))
-    assert [shape[0] for shape, _ in counted.shapes] == [1, 1, 2, 3, 2]
+    assert [shape[0] for shape, _ in counted.shapes] == [1, 1, 2, 2, 3, 3, 2]
+    assert len(replayed._graphs) == 2
 
 
 def test_each_thread_has_graphs_of_its_own(rng):
@@ -61,7 +62,7 @@ def test_each_thread_has_graphs_of_its_own(rng):
     replayed = Replayed(counted)
     given = arrays(rng, 4)
     mx.eval(given)
-    for _ in range(2):
+    for _ in range(3):
         check(replayed, *given)
 
     def work():
@@ -72,7 +73,7 @@ def test_each_thread_has_graphs_of_its_own(rng):
     for _ in range(2):
         with ThreadPoolExecutor(1) as pool:
             pool.submit(work).result()
-    assert len(counted.shapes) == 4
+    assert len(counted.shapes) == 6
 
 
 def test_what_a_function_holds_is_computed_once(rng, tmp_path):
@@ -97,9 +98,24 @@ def test_nothing_is_fused_and_the_mode_is_put_back(rng, monkeypatch):
         compiling, "_switch", lambda: lambda mode: (modes.append(mode), switch(mode))
     )
     replayed = Replayed(Counted())
-    for _ in range(3):
+    for _ in range(4):
         check(replayed, *arrays(rng, 4))
     assert modes == [compiling._NO_FUSE, compiling._ENABLED]
+    # A trace within a trace leaves the mode to the outer one.
+    inner = compiling.compiled(lambda x: x + 1, "traced")
+    outer = compiling.compiled(lambda x: inner(x) * 2, "traced")
+    modes.clear()
+    assert outer(mx.array(3)).item() == 8
+    assert modes == [compiling._NO_FUSE, compiling._NO_FUSE, compiling._ENABLED]
+
+
+def test_who_disables_compilation_is_heard(rng, monkeypatch):
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    switch = compiling._switch()
+    monkeypatch.setattr(compiling, "_switch", lambda: pytest.fail("switched"))
+    with compiling._unfused():
+        pass
+    assert switch
 
 
 def test_a_failing_function_is_asked_again(rng):
@@ -110,7 +126,7 @@ def test_a_failing_function_is_asked_again(rng):
 
     replayed = Replayed(refuse)
     x, y = arrays(rng, 3)
-    for _ in range(3):
+    for _ in range(3):  # the first failure makes no second call of it
         with pytest.raises(ValueError, match="too many"):
             replayed(x, y)
     np.testing.assert_allclose(replayed(x[:2], y), x[:2] @ y, rtol=1e-6)

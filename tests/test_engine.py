@@ -11,6 +11,7 @@ import pytest
 
 from rvc_mlx import engine as module
 from rvc_mlx.audio import high_pass_spool
+from rvc_mlx.compiling import Replayed
 from rvc_mlx.engine import (
     MLXEngine,
     OpenVINOEngine,
@@ -20,6 +21,7 @@ from rvc_mlx.engine import (
     describe_device,
     fingerprint,
 )
+from rvc_mlx.models.rmvpe import GRU
 
 SHAPE = (1, 12, 6)
 
@@ -104,6 +106,45 @@ def test_a_batch_takes_a_share_of_the_memory_but_no_more_than_gains(
 ):
     monkeypatch.setattr(module, "_gpu_memory", lambda _: memory)
     assert MLXEngine(mx.Device(mx.cpu), "f32").batch_bytes == batch
+
+
+# Graphs that are kept -----------------------------------------------------------------
+
+
+def on_cuda(monkeypatch):
+    """An engine as on CUDA, which computes on the CPU."""
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(module, "_gpu_memory", lambda _: 0)
+    engine = MLXEngine(mx.Device(mx.cpu), "f16")
+    engine._device = mx.Device(mx.gpu)
+    return engine
+
+
+def test_graphs_of_a_network_are_kept_on_cuda(monkeypatch):
+    engine = on_cuda(monkeypatch)
+    assert isinstance(engine._joined([mx.abs]), Replayed)
+    engine._fast_products = False
+    assert not isinstance(engine._joined([mx.abs]), Replayed)
+
+
+def test_a_loop_over_frames_is_not_kept(monkeypatch):
+    """Its graph is as deep as it has frames, and MLX descends by recursion."""
+    step = on_cuda(monkeypatch)._joined([mx.abs, GRU(4, 3), mx.negative])
+    assert not isinstance(step, Replayed)
+    with mx.stream(mx.cpu):
+        assert step(mx.ones((1, 5, 4))).shape == (1, 5, 6)
+
+
+def test_without_the_switch_graphs_are_built_anew(monkeypatch, caplog):
+    def missing(function):
+        raise RuntimeError("this MLX has no switch")
+
+    monkeypatch.setattr(module, "Replayed", missing)
+    caplog.set_level("INFO", "rvc_mlx")
+    step = on_cuda(monkeypatch)._joined([mx.abs, mx.negative])
+    with mx.stream(mx.cpu):
+        assert step(mx.array([-2.0])).tolist() == [-2.0]
+    assert "built anew at each call: this MLX has no switch" in caplog.text
 
 
 # Choice -------------------------------------------------------------------------------
