@@ -8,12 +8,13 @@ import pytest
 import soundfile
 from tiny_models import narrow_refinegan
 
-from rvc_mlx import ConversionOptions
+from rvc_mlx import ConversionOptions, job
 from rvc_mlx.audio import high_pass_spool
 from rvc_mlx.device_high_pass import DeviceSpool
 from rvc_mlx.device_mel import device_log_mel
 from rvc_mlx.engine import MLXEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
+from rvc_mlx.loudness import SilenceGate
 from rvc_mlx.noise import Noise
 from rvc_mlx.pipeline import VoiceConverter
 from rvc_mlx.retrieval import read_index
@@ -345,6 +346,29 @@ def test_a_bad_file_fails_alone(small_models, files, tmp_path, batch_bytes):
     assert files[0][1].exists()
     assert files[4][1].exists()
     assert not files[2][1].exists()
+
+
+@pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
+def test_a_recording_that_cannot_be_read_again_fails_alone(
+    small_models, files, monkeypatch, batch_bytes
+):
+    """Its silence is looked for while others are under way."""
+    lengths = [len(soundfile.read(source)[0]) for source, _ in files]
+    assert lengths.count(lengths[1]) == 1
+
+    class Gate(SilenceGate):
+        def __init__(self, source):
+            if len(source) == lengths[1]:
+                raise OSError("the temporary audio file became shorter")
+            super().__init__(source)
+
+    monkeypatch.setattr(job, "SilenceGate", Gate)
+    converter = batching_converter(small_models, batch_bytes)
+    results = dict(converter.convert_files(files, ConversionOptions(**OPTIONS)))
+    failed = {n: str(r) for n, r in results.items() if isinstance(r, Exception)}
+    assert list(failed) == [1]
+    assert "became shorter" in failed[1]
+    assert [target.exists() for _, target in files] == [True, False, True, True, True]
 
 
 def test_what_a_network_raises_ends_its_wave_and_no_more(small_models, files):
