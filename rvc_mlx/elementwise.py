@@ -8,13 +8,22 @@ import mlx.nn as nn
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 
 PACK = 8  # values of a thread
-PACKS = r"""
+PACK_TYPE = r"""
 struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int i = blockIdx.x * blockDim.x + threadIdx.x;
+"""
+# What each thread begins with; it has pack ``i``.
+EACH_PACK = (
+    PACK_TYPE
+    + r"""const int i = blockIdx.x * blockDim.x + threadIdx.x;
 if (i >= packs) return;
-const Pack in = ((const Pack*)x)[i];
+"""
+)
+PACKS = (
+    EACH_PACK
+    + r"""const Pack in = ((const Pack*)x)[i];
 Pack out;
 """
+)
 GELU = CudaKernel(
     "gelu",
     ("x",),

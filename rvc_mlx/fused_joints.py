@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.elementwise import EACH_PACK
 from rvc_mlx.models.layers import LRELU_SLOPE
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 
@@ -20,11 +21,8 @@ _KERNEL = CudaKernel(
     "joined",
     ("x", "beside", "bias"),
     ("y",),
-    r"""
-struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int i = blockIdx.x * blockDim.x + threadIdx.x;
-if (i >= packs) return;
-const int channel = i % width * PACK;
+    EACH_PACK
+    + r"""const int channel = i % width * PACK;
 const Pack in = ((const Pack*)x)[i];
 Pack added, out;
 if (has_beside) added = ((const Pack*)beside)[i];

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.elementwise import PACK, whole_packs
+from rvc_mlx.elementwise import PACK, PACK_TYPE, whole_packs
 
 _WARP = 32
 _ROWS = 8  # of a block, a warp each
@@ -14,9 +14,8 @@ _KERNEL = CudaKernel(
     "added_norm",
     ("x", "added", "weight", "bias"),
     ("y",),
-    r"""
-struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int row = blockIdx.x * ROWS + threadIdx.x / 32, lane = threadIdx.x % 32;
+    PACK_TYPE
+    + r"""const int row = blockIdx.x * ROWS + threadIdx.x / 32, lane = threadIdx.x % 32;
 if (row >= rows) return;
 const Pack* first = (const Pack*)x + (size_t)row * WIDTH;
 const Pack* second = (const Pack*)added + (size_t)row * WIDTH;

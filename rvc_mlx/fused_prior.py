@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.elementwise import EACH_PACK
 from rvc_mlx.fused_norm import added_norm
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.models.vits import (
@@ -37,12 +38,7 @@ _ROW_STEP = 16 * 1024  # bytes; a kernel is compiled for each multiple of it
 # rows it makes each score three times.
 _LONGEST_ROW = 48 * 1024
 
-_PACKS = r"""
-struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int i = blockIdx.x * blockDim.x + threadIdx.x;
-if (i >= packs) return;
-const int channel = i % width;
-"""
+_PACKS = EACH_PACK + "const int channel = i % width;\n"
 _HEADS = CudaKernel(
     "heads",
     ("qkv",),

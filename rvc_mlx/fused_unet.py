@@ -25,6 +25,7 @@ import mlx.nn as nn
 from rvc_mlx import conv_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.elementwise import EACH_PACK
 from rvc_mlx.image_conv import image_conv, pack_image_weight
 from rvc_mlx.models.rmvpe import (
     RMVPE,
@@ -42,11 +43,8 @@ _KERNEL = CudaKernel(
     "rectified",
     ("x", "bias", "shortcut", "offset"),
     ("y",),
-    r"""
-struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int i = blockIdx.x * blockDim.x + threadIdx.x;
-if (i >= packs) return;
-const int channel = i % (channels / PACK) * PACK;
+    EACH_PACK
+    + r"""const int channel = i % (channels / PACK) * PACK;
 const Pack in = ((const Pack*)x)[i];
 Pack added, out;
 if (has_shortcut) added = ((const Pack*)shortcut)[i];
@@ -73,11 +71,8 @@ _POOL = CudaKernel(
     "pooled",
     ("x",),
     ("y",),
-    r"""
-struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int i = blockIdx.x * blockDim.x + threadIdx.x;
-if (i >= packs) return;
-const int column = i / width % columns, row = i / width / columns;
+    EACH_PACK
+    + r"""const int column = i / width % columns, row = i / width / columns;
 const Pack* first = (const Pack*)x + (size_t)(4 * row * columns + 2 * column) * width;
 const Pack* second = first + (size_t)2 * columns * width;
 const int channel = i % width;

@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from rvc_mlx import elementwise
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.elementwise import PACK, PACKS, on_cuda, packed, whole_packs
+from rvc_mlx.elementwise import EACH_PACK, PACK, PACKS, on_cuda, packed, whole_packs
 from rvc_mlx.fused_prior import GATE
 from rvc_mlx.models.layers import LRELU_SLOPE, gated
 
@@ -62,13 +62,12 @@ for (int k = 0; k < PACK; k++) {
 )
 
 # A thread takes as many channels of both halves.
-_HALVES = r"""
-struct alignas(PACK * sizeof(T)) Pack { T v[PACK]; };
-const int i = blockIdx.x * blockDim.x + threadIdx.x;
-if (i >= packs) return;
-const int row = i / width, first = row * 2 * width + i % width, second = first + width;
+_HALVES = (
+    EACH_PACK
+    + r"""const int row = i / width, first = row * 2 * width + i % width, second = first + width;
 const Pack a = ((const Pack*)x)[first], b = ((const Pack*)x)[second];
 """
+)
 _GATE_BACK = CudaKernel(
     "gate_back",
     ("x", "cotangent"),
