@@ -28,8 +28,9 @@ of the original. The models are full-size networks with random weights, whose
 activations have the scale of trained ones; time does not depend on the values.
 
 - Outputs are computed and copied to the host inside the timed call, on both sides.
-- After one call to warm up, the two sides are timed in turns (file to file: each in a
-  process of its own); tables show medians, the files every sample.
+- After a call to warm up, or as many as a file's options tell, the two sides are timed in
+  turns (file to file: each in a process of its own); tables show medians, the files every
+  sample.
 - `tf32` means that float32 products may use TF32, on both sides; `f32` that neither may.
   Where it may, ours multiplies numbers of float16 in attention and in the vocoder's residual
   blocks: they have as many bits of fraction, and all sums are float32.
