@@ -38,6 +38,11 @@ from rvc_mlx.retrieval import Blend, Index, blending, read_index
 from rvc_mlx.schedule import convert_all
 from rvc_mlx.spool import Spool
 
+_SHORTEST_WARM_UP = 0.1  # seconds
+# Between lengths of a warm-up: share of a padded recording, and seconds at most. Steady
+# lengths are a sixteenth apart or more, the vocoder's windows 2.56 s.
+_WARM_UP_SHARE, _WARM_UP_STEP = 1 / 17, 2.5
+
 
 class Conversion(NamedTuple):
     """A result.
@@ -109,6 +114,33 @@ class VoiceConverter:
             self._noise,
             self._high_pass,
         )
+
+    def warm_up(self, seconds: float, options: ConversionOptions | None = None) -> None:
+        """Get ready for recordings of up to this length, so that none of them waits.
+
+        Noise is converted: weights are loaded, models compiled or read back. On a GPU that
+        is done for lengths so close to one another that any recording between them meets
+        plans that are made, some fifty for 30 seconds; on a CPU one does for all.
+
+        Args:
+            seconds: of the longest recording; 0.1 or more.
+            options: as the recordings will have them; the defaults if None.
+
+        Raises:
+            ValueError: less than 0.1 s, or options that do not fit the voice.
+        """
+        if not seconds >= _SHORTEST_WARM_UP:
+            raise ValueError(
+                f"warm_up is {seconds:g} s; expected {_SHORTEST_WARM_UP} s or more, the "
+                "length of the longest recording"
+            )
+        options = options or ConversionOptions()
+        lengths = _warm_up_lengths(seconds, options.x_pad)
+        if not self.encoder.batch_frames:  # the host computes, with one model for all
+            lengths = lengths[-1:]
+        noise = np.random.default_rng(0).standard_normal(lengths[0], np.float32) / 10
+        for length in lengths:
+            self.convert(noise[:length], SAMPLE_RATE, options)
 
     @property
     def sample_rate(self) -> int:
@@ -286,6 +318,7 @@ def load(
     rmvpe: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
+    warm_up: float = 0.0,
 ) -> VoiceConverter:
     """Load a voice and what it needs.
 
@@ -298,6 +331,8 @@ def load(
         rmvpe: pitch network; None finds the one that the voice names, likewise.
         device: ``"auto"``, ``"gpu"``, ``"cpu"`` or ``"mlx-cpu"``.
         precision: ``"auto"``, ``"f32"``, ``"bf16"`` or ``"f16"``.
+        warm_up: seconds of the longest recording to be ready for, see
+            ``VoiceConverter.warm_up``; 0: the first conversions do what they need.
 
     Returns:
         A converter; ``convert`` and ``convert_file`` can be called any number of times.
@@ -308,7 +343,10 @@ def load(
         OSError: a file is missing or cannot be read.
     """
     engine = choose_engine(device, precision, cache_folder() / "compiled")
-    return load_on(engine, voice, index, encoder=encoder, rmvpe=rmvpe)
+    converter = load_on(engine, voice, index, encoder=encoder, rmvpe=rmvpe)
+    if warm_up:
+        converter.warm_up(warm_up)
+    return converter
 
 
 def load_on(
@@ -340,6 +378,16 @@ def load_on(
         None if index is None else read_index(index),
         engine,
     )
+
+
+def _warm_up_lengths(seconds: float, pad: float) -> list[int]:
+    """Samples at 16 kHz of recordings up to this length, the longest first."""
+    lengths = []
+    while seconds > _SHORTEST_WARM_UP:
+        lengths.append(round(seconds * SAMPLE_RATE))
+        padded = seconds + 2 * pad
+        seconds -= min(_WARM_UP_SHARE * padded, _WARM_UP_STEP)
+    return [*lengths, round(_SHORTEST_WARM_UP * SAMPLE_RATE)]
 
 
 def _numbered(number: int, error: ValueError) -> ValueError:

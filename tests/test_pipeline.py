@@ -11,11 +11,12 @@ import soundfile
 
 import rvc_mlx
 from rvc_mlx import ConversionOptions, pitch
+from rvc_mlx.arrays import steady_length
 from rvc_mlx.audio import high_pass, high_pass_spool
 from rvc_mlx.engine import OpenVINOEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.noise import Noise
-from rvc_mlx.pipeline import VoiceConverter
+from rvc_mlx.pipeline import VoiceConverter, load
 from rvc_mlx.retrieval import read_index
 from rvc_mlx.segments import find_cuts, plan_segments
 from rvc_mlx.spool import Spool
@@ -764,3 +765,69 @@ def test_mlx_engine_equals_openvino(small_converter, small_models, speech):
     assert converter.precision == "f32"
     # Measured 1e-6: float32 sums in another order.
     assert np.abs(found - expected).max() < 1e-4
+
+
+# Warm-up ------------------------------------------------------------------------------
+
+
+def test_a_warm_up_on_a_cpu_is_one_short_conversion(
+    small_converter, speech, monkeypatch
+):
+    expected = small_converter.convert(speech[:20000], 16000).audio
+    asked, convert = [], type(small_converter).convert
+
+    def counted(self, audio, rate, options):
+        asked.append((len(audio), rate))
+        return convert(self, audio, rate, options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(small_converter), "convert", counted)
+        small_converter.warm_up(30)
+    assert asked == [(1600, 16000)]
+    found = small_converter.convert(speech[:20000], 16000).audio
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.11, 4, 30, 90])
+def test_a_warm_up_on_a_gpu_meets_every_steady_length(
+    small_converter, monkeypatch, seconds
+):
+    asked = []
+    options = ConversionOptions()
+    other = copy.copy(small_converter)
+    other.encoder = copy.copy(other.encoder)
+    other.encoder.batch_frames = 1000
+    monkeypatch.setattr(
+        type(other), "convert", lambda self, audio, *given: asked.append(len(audio))
+    )
+    other.warm_up(seconds, options)
+    assert asked[0] == round(seconds * 16000)
+    assert len(asked) < 100
+    padded = 2 * round(options.x_pad * 16000)
+
+    def plans(samples):
+        """What a recording is planned for: frames, and windows of the vocoder."""
+        frames = (samples + padded) // 320
+        return steady_length(frames, 8, 1 << 20), -(-samples // 160 // 256)
+
+    met, least = list(map(plans, asked)), 1600
+    lengths = range(least, round(seconds * 16000) + 1, 1600)
+    for kind in (0, 1):
+        assert {plans(n)[kind] for n in lengths} <= {plan[kind] for plan in met}
+
+
+def test_too_short_a_warm_up_is_refused(small_converter):
+    for seconds in (0.05, -1, float("nan")):
+        with pytest.raises(ValueError, match=r"expected 0\.1 s or more"):
+            small_converter.warm_up(seconds)
+
+
+def test_a_voice_can_be_loaded_warm(home, small_models, monkeypatch):
+    asked = []
+    monkeypatch.setattr(VoiceConverter, "warm_up", lambda self, s: asked.append(s))
+    for more in ({}, {"warm_up": 0}, {"warm_up": 2.5}):
+        load(
+            small_models.voice, encoder=small_models.encoder, rmvpe=small_models.rmvpe,
+            device="cpu", precision="f32", **more,
+        )  # fmt: skip
+    assert asked == [2.5]
