@@ -81,19 +81,24 @@ def time_cell(call: Callable[[], Any], runs: int, most: float) -> dict[str, Any]
     The first call may compile for long, and of ours the second keeps the graphs that later
     ones replay. They do not count for ``most``.
     """
+    result: Any = None
+
+    def timed() -> float:
+        nonlocal result
+        start = time.perf_counter()
+        result = call()
+        return time.perf_counter() - start
+
     samples: list[float] = []
     gc.collect()
     gc.disable()  # as timeit does; a collection before each call would empty the caches
     try:
-        while len(samples) < WARM_UPS + runs and (
-            len(samples) <= WARM_UPS or sum(samples[WARM_UPS:]) < most
-        ):
-            start = time.perf_counter()
-            result = call()
-            samples.append(time.perf_counter() - start)
+        first, *_ = [timed() for _ in range(WARM_UPS)]
+        while len(samples) < runs and (not samples or sum(samples) < most):
+            samples.append(timed())
     finally:
         gc.enable()
-    cell = {"first_s": samples[0], **Timing(tuple(samples[WARM_UPS:])).as_dict()}
+    cell = {"first_s": first, **Timing(tuple(samples)).as_dict()}
     return cell | {"finite": is_finite(result)}
 
 
