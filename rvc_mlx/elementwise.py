@@ -42,6 +42,11 @@ for (int k = 0; k < PACK; k++) {
 _BLOCK = 256  # threads
 
 
+def pack_grid(packs: int) -> Grid:
+    """A thread for each pack, as ``EACH_PACK`` wants it."""
+    return Grid(-(-packs // _BLOCK), _BLOCK)
+
+
 def on_cuda() -> bool:
     """Whether MLX computes on an NVIDIA GPU now, so that CUDA kernels run."""
     return bool(mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu))
@@ -64,7 +69,7 @@ def packed(kernel: CudaKernel, x: mx.array, *more: mx.array) -> mx.array:
     (y,) = kernel(
         [x, *more],
         [(x.shape, x.dtype)],
-        Grid(-(-packs // _BLOCK), _BLOCK),
+        pack_grid(packs),
         scalars=[packs],
         constants={"T": x.dtype, "PACK": PACK},
     )

@@ -1,8 +1,8 @@
 """The residual blocks of a HiFi-GAN vocoder through the hand-written CUDA convolution.
 
 A step of a block is ``x + conv2(leaky_relu(conv1(leaky_relu(x))))``: one launch, or two
-above 128 channels, instead of two convolutions and five element-wise passes. The mean over the blocks of a stage
-rides on the last launch of each block.
+above 128 channels, instead of two convolutions and five element-wise passes. The mean over
+the blocks of a stage rides on the last launch of each block.
 """
 
 from __future__ import annotations

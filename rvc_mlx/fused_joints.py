@@ -10,13 +10,11 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.elementwise import EACH_PACK
+from rvc_mlx.cuda_kernel import CudaKernel
+from rvc_mlx.elementwise import EACH_PACK, PACK, pack_grid
 from rvc_mlx.models.layers import LRELU_SLOPE
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 
-_PACK = 8  # channels of a thread
-_THREADS = 256
 _KERNEL = CudaKernel(
     "joined",
     ("x", "beside", "bias"),
@@ -56,16 +54,16 @@ def joined(
         bias: ``[C]`` float32, or None.
         slope: of the rectifier for negative values; 1 for none.
     """
-    packs, nothing = x.size // _PACK, mx.zeros((1,))
+    packs, nothing = x.size // PACK, mx.zeros((1,))
     (y,) = _KERNEL(
         [x, x if beside is None else beside, nothing if bias is None else bias],
         [(x.shape, x.dtype)],
-        Grid(-(-packs // _THREADS), _THREADS),
+        pack_grid(packs),
         scalars=[
-            *(packs, x.shape[-1] // _PACK),
+            *(packs, x.shape[-1] // PACK),
             *(beside is not None, bias is not None, slope),
         ],
-        constants={"T": x.dtype, "PACK": _PACK},
+        constants={"T": x.dtype, "PACK": PACK},
     )
     return y
 
@@ -101,8 +99,7 @@ def _taken_bias(layer: nn.Module | None) -> mx.array:
 
 def quicken_joints(vocoder: HiFiGAN) -> None:
     """Let a loaded vocoder compute this way from now on, if its widths allow it."""
-    widths = [len(upsample.weight) for upsample, _, _ in vocoder.stages()]
-    if not isinstance(vocoder._upsampled, Joints) and not any(
-        n % _PACK for n in widths
-    ):
+    if isinstance(vocoder._upsampled, Joints):
+        return
+    if all(len(upsample.weight) % PACK == 0 for upsample, _, _ in vocoder.stages()):
         vocoder._upsampled = Joints(vocoder)

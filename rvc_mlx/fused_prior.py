@@ -19,7 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.elementwise import EACH_PACK
+from rvc_mlx.elementwise import EACH_PACK, PACK, pack_grid
 from rvc_mlx.fused_norm import added_norm
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.models.vits import (
@@ -30,8 +30,7 @@ from rvc_mlx.models.vits import (
     ResidualCouplingLayer,
 )
 
-_PACK = 8  # channels of a thread
-_THREADS = 256
+_THREADS = 256  # that make a row of scores
 _OFFSETS = 2 * RELATIVE_WINDOW + 1
 _ROW_STEP = 16 * 1024  # bytes; a kernel is compiled for each multiple of it
 # Bytes of a row of scores that a block keeps, as every card's can: two minutes. Of longer
@@ -199,16 +198,12 @@ def _attends(encoder: Encoder) -> bool:
         return False
     widths = [layer.emb_rel_k.shape[-1] for layer in layers]
     widths += [layer.conv_1.weight.shape[0] for layer in encoder.ffn_layers]
-    return all(width % _PACK == 0 for width in widths)
+    return all(width % PACK == 0 for width in widths)
 
 
 def _flows(flow: ResidualCouplingFlow) -> bool:
     widths = (flow.flows[0].pre.weight.shape[0], flow.flows[0].post.weight.shape[0])
-    return all(width % _PACK == 0 for width in widths) and flow.NUM_FLOWS % 2 == 0
-
-
-def _grid(threads: int) -> Grid:
-    return Grid(-(-threads // _THREADS), _THREADS)
+    return all(width % PACK == 0 for width in widths) and flow.NUM_FLOWS % 2 == 0
 
 
 def split_heads(qkv: mx.array, heads: int) -> list[mx.array]:
@@ -216,13 +211,13 @@ def split_heads(qkv: mx.array, heads: int) -> list[mx.array]:
     B, T, width = qkv.shape
     D = width // 3 // heads
     long = (B, heads, T + 2 * RELATIVE_WINDOW, D)
-    packs = B * heads * long[2] * D // _PACK
+    packs = B * heads * long[2] * D // PACK
     return _HEADS(
         [qkv],
         [((B, heads, T, D), qkv.dtype), (long, qkv.dtype), (long, qkv.dtype)],
-        _grid(packs),
-        scalars=[packs, D // _PACK, T, heads],
-        constants={"T": qkv.dtype, "PACK": _PACK, "WINDOW": RELATIVE_WINDOW},
+        pack_grid(packs),
+        scalars=[packs, D // PACK, T, heads],
+        constants={"T": qkv.dtype, "PACK": PACK, "WINDOW": RELATIVE_WINDOW},
     )
 
 
@@ -249,39 +244,39 @@ def relative_softmax(scores: mx.array, offsets: mx.array) -> list[mx.array]:
 def windows(x: mx.array, taps: int, rectify: bool = False) -> mx.array:
     """``[B, T, C]`` to the frames that each frame's taps see, ``[B, T, taps * C]``."""
     B, T, C = x.shape
-    packs = B * T * taps * C // _PACK
+    packs = B * T * taps * C // PACK
     (y,) = _WINDOWS(
         [x],
         [((B, T, taps * C), x.dtype)],
-        _grid(packs),
-        scalars=[packs, C // _PACK, T, taps, rectify],
-        constants={"T": x.dtype, "PACK": _PACK},
+        pack_grid(packs),
+        scalars=[packs, C // PACK, T, taps, rectify],
+        constants={"T": x.dtype, "PACK": PACK},
     )
     return y
 
 
 def gated(x: mx.array) -> mx.array:
     """``models.layers.gated``."""
-    packs = x.size // (2 * _PACK)
+    packs = x.size // (2 * PACK)
     (y,) = GATE(
         [x],
         [((*x.shape[:-1], x.shape[-1] // 2), x.dtype)],
-        _grid(packs),
-        scalars=[packs, x.shape[-1] // (2 * _PACK)],
-        constants={"T": x.dtype, "PACK": _PACK},
+        pack_grid(packs),
+        scalars=[packs, x.shape[-1] // (2 * PACK)],
+        constants={"T": x.dtype, "PACK": PACK},
     )
     return y
 
 
 def add_halves(x: mx.array, total: mx.array | None, made: mx.array) -> list[mx.array]:
     """``x`` plus one half of ``made`` ``[..., 2 C]``, ``total`` plus the other."""
-    packs = x.size // _PACK
+    packs = x.size // PACK
     return _ADD_HALVES(
         [x, x if total is None else total, made],
         [(x.shape, x.dtype), (x.shape, x.dtype)],
-        _grid(packs),
-        scalars=[packs, x.shape[-1] // _PACK, total is not None],
-        constants={"T": x.dtype, "PACK": _PACK},
+        pack_grid(packs),
+        scalars=[packs, x.shape[-1] // PACK, total is not None],
+        constants={"T": x.dtype, "PACK": PACK},
     )
 
 

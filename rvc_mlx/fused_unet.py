@@ -24,8 +24,8 @@ import mlx.nn as nn
 
 from rvc_mlx import conv_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
-from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.elementwise import EACH_PACK
+from rvc_mlx.cuda_kernel import CudaKernel
+from rvc_mlx.elementwise import EACH_PACK, PACK, pack_grid
 from rvc_mlx.image_conv import image_conv, pack_image_weight
 from rvc_mlx.models.rmvpe import (
     RMVPE,
@@ -35,10 +35,8 @@ from rvc_mlx.models.rmvpe import (
     ResEncoderBlock,
 )
 
-_PACK = 8  # channels of a thread
 _SEEN = 16  # channels of which nine are the places around one
 _LARGEST_STEP = 256  # rows between lengths: a long recording's chunks waste 1 %
-_THREADS = 256
 _KERNEL = CudaKernel(
     "rectified",
     ("x", "bias", "shortcut", "offset"),
@@ -117,7 +115,7 @@ def quicken(network: RMVPE, short: bool = False) -> None:
         _quicken_images(network)
         return
     for module in network.modules():
-        if isinstance(module, Encoder) and not network.config.base_channels % _PACK:
+        if isinstance(module, Encoder) and not network.config.base_channels % PACK:
             module._pool = pooled
         if isinstance(module, ResEncoderBlock):
             module.conv = [_quick(block, extent) for block in module.conv]
@@ -175,7 +173,7 @@ def rectified(
         offset: ``[C]`` float32, beside a shortcut.
         own: rows, of ``T``, behind which everything is 0; None for all.
     """
-    packs, (_, T, M, C) = x.size // _PACK, x.shape
+    packs, (_, T, M, C) = x.size // PACK, x.shape
     (y,) = _KERNEL(
         [
             x,
@@ -184,16 +182,16 @@ def rectified(
             bias if offset is None else offset,
         ],
         [(x.shape, x.dtype)],
-        Grid(-(-packs // _THREADS), _THREADS),
+        pack_grid(packs),
         scalars=[
             packs,
             C,
             shortcut is not None,
-            M * C // _PACK,
+            M * C // PACK,
             T,
             T if own is None else own,
         ],
-        constants={"T": x.dtype, "PACK": _PACK},
+        constants={"T": x.dtype, "PACK": PACK},
     )
     return y
 
@@ -205,13 +203,13 @@ def pooled(x: mx.array) -> mx.array:
     """
     B, T, M, C = x.shape
     shape = (B, T // 2, M // 2, C)
-    packs = x.size // 4 // _PACK
+    packs = x.size // 4 // PACK
     (y,) = _POOL(
         [x],
         [(shape, x.dtype)],
-        Grid(-(-packs // _THREADS), _THREADS),
-        scalars=[packs, C // _PACK, M // 2],
-        constants={"T": x.dtype, "PACK": _PACK},
+        pack_grid(packs),
+        scalars=[packs, C // PACK, M // 2],
+        constants={"T": x.dtype, "PACK": PACK},
     )
     return y
 
@@ -391,4 +389,4 @@ def _folded(norms: list[nn.Module]) -> bool:
 
 
 def _fits(layer: nn.Module) -> bool:
-    return bool(layer.weight.shape[0] % _PACK == 0)
+    return bool(layer.weight.shape[0] % PACK == 0)

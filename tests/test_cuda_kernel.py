@@ -83,7 +83,7 @@ def others():
     sizes = {"TAPS": 16, "FIRST": 16, "RATE_STEPS": 4096}
     yield augment._RESAMPLE, (F32, F32), (F32,), sizes
     for dtype in (F32, BF16, F16):
-        unet = {"T": dtype, "PACK": fused_unet._PACK}
+        unet = {"T": dtype, "PACK": elementwise.PACK}
         yield fused_unet._KERNEL, (dtype, F32, dtype, F32), (dtype,), unet
         yield fused_unet._POOL, (dtype,), (dtype,), unet
         pack = {"T": dtype, "PACK": elementwise.PACK}
@@ -120,7 +120,7 @@ def test_every_kernel_compiles_for_an_h100(case):
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 def test_the_pitch_nets_kernel_compiles_for_older_gpus(dtype):
-    constants = {"T": dtype, "PACK": fused_unet._PACK}
+    constants = {"T": dtype, "PACK": elementwise.PACK}
     compiles(fused_unet._KERNEL, (dtype, F32, dtype, F32), (dtype,), constants, "sm_75")
 
 

@@ -16,7 +16,15 @@ import mlx.core as mx
 
 from rvc_mlx import elementwise
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.elementwise import EACH_PACK, PACK, PACKS, on_cuda, packed, whole_packs
+from rvc_mlx.elementwise import (
+    EACH_PACK,
+    PACK,
+    PACKS,
+    on_cuda,
+    pack_grid,
+    packed,
+    whole_packs,
+)
 from rvc_mlx.fused_prior import GATE
 from rvc_mlx.models.layers import LRELU_SLOPE, gated
 
@@ -178,7 +186,7 @@ def _halved(
     (y,) = kernel(
         [x, *more],
         [(shape, x.dtype)],
-        Grid(-(-packs // _BLOCK), _BLOCK),
+        pack_grid(packs),
         scalars=[packs, x.shape[-1] // (2 * PACK)],
         constants={"T": x.dtype, "PACK": PACK},
     )
