@@ -14,7 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from rvc_mlx import elementwise
+from rvc_mlx import elementwise, fused_prior
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.elementwise import (
     EACH_PACK,
@@ -25,7 +25,6 @@ from rvc_mlx.elementwise import (
     packed,
     whole_packs,
 )
-from rvc_mlx.fused_prior import GATE
 from rvc_mlx.models.layers import LRELU_SLOPE, gated
 
 Function = Callable[..., mx.array]
@@ -154,16 +153,22 @@ def gate(x: mx.array) -> mx.array:
 
 @mx.custom_function
 def _gate(x: mx.array) -> mx.array:
-    if not _whole_halves(x):
-        return gated(x)
-    return _halved(GATE, (*x.shape[:-1], x.shape[-1] // 2), x)
+    return fused_prior.gated(x) if _whole_halves(x) else gated(x)
 
 
 @_gate.vjp
 def _gate_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     del output
     if _whole_halves(x):
-        return _halved(_GATE_BACK, x.shape, x, cotangent)
+        packs = x.size // (2 * PACK)
+        (slope,) = _GATE_BACK(
+            [x, cotangent],
+            [(x.shape, x.dtype)],
+            pack_grid(packs),
+            scalars=[packs, x.shape[-1] // (2 * PACK)],
+            constants={"T": x.dtype, "PACK": PACK},
+        )
+        return slope
     a, b = mx.split(x, 2, axis=-1)
     t, s = mx.tanh(a), mx.sigmoid(b)
     slopes = [cotangent * s * (1 - t * t), cotangent * t * s * (1 - s)]
@@ -177,20 +182,6 @@ def _whole_warps(x: mx.array) -> bool:
 
 def _whole_halves(x: mx.array) -> bool:
     return whole_packs(x) and x.shape[-1] % (2 * PACK) == 0
-
-
-def _halved(
-    kernel: CudaKernel, shape: tuple[int, ...], x: mx.array, *more: mx.array
-) -> mx.array:
-    packs = x.size // (2 * PACK)
-    (y,) = kernel(
-        [x, *more],
-        [(shape, x.dtype)],
-        pack_grid(packs),
-        scalars=[packs, x.shape[-1] // (2 * PACK)],
-        constants={"T": x.dtype, "PACK": PACK},
-    )
-    return y
 
 
 def _launch(kernel: CudaKernel, slope: float, x: mx.array, *more: mx.array) -> mx.array:
