@@ -11,7 +11,8 @@ Three of them are worth it, for a recording of 30 seconds:
   windows that start every 8 frames.
 
 cuDNN plans anew for each length. So the other convolutions are products, too, and attention
-meets few lengths: it is told which frames are not there.
+is a kernel of our own on Hopper. Elsewhere it meets few lengths: it is told which frames are
+not there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from rvc_mlx import attention_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.elementwise import gelu
 from rvc_mlx.fused_norm import added_norm
@@ -47,15 +49,23 @@ class ShortAttention(nn.Module):
         self.out_proj = attention.out_proj
         self._num_heads = attention._num_heads
 
-    def __call__(self, x: mx.array, mask: mx.array) -> mx.array:
+    @property
+    def width(self) -> int:
+        """Channels of a head."""
+        return len(self.bias) // 3 // self._num_heads
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         """``[B, F, C]`` to ``[B, F, C]``.
 
         Args:
             x: frames.
             mask: ``[1, 1, 1, F]`` of the type of the factors, added to the scores of each
-                frame's attention.
+                frame's attention; None for the kernel of our own, which needs none.
         """
         qkv = mx.addmm(self.bias, x, self.weight.T).astype(_factors(x.dtype))
+        if mask is None:
+            y = attention_kernel.self_attention(qkv, self._num_heads)
+            return self.out_proj(y.astype(x.dtype))
         qkv = mx.unflatten(qkv, -1, (3, self._num_heads, -1))
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, F, C / heads]
         scale = q.shape[-1] ** -0.5
@@ -82,7 +92,10 @@ def _factors(dtype: mx.Dtype) -> mx.Dtype:
 
 
 class SteadyEncoder(nn.Module):
-    """``Encoder``, behind the embedding with frames up to a steady length."""
+    """``Encoder``, behind the embedding with frames up to a steady length.
+
+    Attention of our own takes any length, so there they are as many as they were.
+    """
 
     def __init__(self, encoder: nn.Module):
         super().__init__()
@@ -91,18 +104,25 @@ class SteadyEncoder(nn.Module):
         for layer in self.layers:
             layer.attention = ShortAttention(layer.attention)
             layer.feed_forward = ShortFeedForward(layer.feed_forward)
+        widths = [layer.attention.width for layer in self.layers]
+        self._any_length = all(map(attention_kernel.supports, widths))
 
     def __call__(self, x: mx.array, num_layers: int) -> mx.array:
         """See ``Encoder``."""
         x = _ended(x, self.pos_conv_embed(x), self.layer_norm)
+        if self._any_length:
+            return self._through(x, None, num_layers)
         frames = x.shape[1]
         x = zeros_behind(x, steady_length(frames, 8, _LARGEST_STEP))
         mask = mx.where(mx.arange(x.shape[1]) < frames, 0.0, -mx.inf)
         mask = mask.astype(_factors(x.dtype))[None, None, None]  # once for all layers
+        return self._through(x, mask, num_layers)[:, :frames]
+
+    def _through(self, x: mx.array, mask: mx.array | None, num_layers: int) -> mx.array:
         for layer in self.layers[:num_layers]:
             x = _ended(x, layer.attention(x, mask), layer.layer_norm)
             x = _ended(x, layer.feed_forward(x), layer.final_layer_norm)
-        return x[:, :frames]
+        return x
 
 
 def _ended(x: mx.array, made: mx.array, norm: nn.LayerNorm) -> mx.array:

@@ -72,6 +72,7 @@ struct Fiber {
     bool done = false;
     std::deque<std::vector<std::pair<unsigned, const void*>>> groups{1};
     unsigned address, a[4], b[2];
+    float value;
 };
 static std::vector<std::unique_ptr<Fiber>> fibers;
 static Fiber* current;
@@ -120,6 +121,38 @@ inline void ldmatrix(unsigned (&r)[4], unsigned address) {
         memcpy(&r[i], memory_of_block + row + lane % 4 * 4, 4);
     }
     yield();
+}
+
+// The same with each 8 by 8 matrix turned.
+inline void ldmatrix_turned(unsigned (&r)[4], unsigned address) {
+    current->address = address;
+    yield();
+    const int lane = current->index.x % 32;
+    for (int i = 0; i < 4; i++) {
+        uint16_t halves[2];
+        for (int k = 0; k < 2; k++) {
+            const unsigned row = lane_of(i * 8 + lane % 4 * 2 + k).address;
+            check(row % 16 == 0 && row + 16 <= memory_size, "ldmatrix outside shared memory");
+            memcpy(&halves[k], memory_of_block + row + lane / 4 * 2, 2);
+        }
+        memcpy(&r[i], halves, 4);
+    }
+    yield();
+}
+inline float over_row(float v, float (*joined)(float, float)) {
+    current->value = v;
+    yield();
+    const int first = current->index.x % 32 / 4 * 4;
+    float all = lane_of(first).value;
+    for (int k = 1; k < 4; k++) all = joined(all, lane_of(first + k).value);
+    yield();
+    return all;
+}
+inline float largest_of_row(float v) {
+    return over_row(v, [](float a, float b) { return fmaxf(a, b); });
+}
+inline float sum_of_row(float v) {
+    return over_row(v, [](float a, float b) { return a + b; });
 }
 
 // Element i of a fragment's registers, as the tables number them.

@@ -5,6 +5,7 @@ import pytest
 
 from recipes import augment
 from rvc_mlx import (
+    attention_kernel,
     conv_kernel,
     cuda_kernel,
     device_high_pass,
@@ -76,6 +77,9 @@ def images():
 
 
 def others():
+    for dtype in (F16, BF16):
+        sizes = {"WIDTH": 64, "TILE": 64, "WARPS": 4, "STRIDE": 144, "STAGES": 2}
+        yield attention_kernel._KERNEL, (dtype,), (dtype,), {"T": dtype, **sizes}
     yield gru_kernel._CLUSTER_KERNEL, (F32,) * 3, (F32,), {}
     yield device_high_pass._kernel(), (F32,) * 2, (F32,) * 2, {}
     yield weight_norm._FORWARD_KERNEL, (F32, INT), (F32,), {}

@@ -5,7 +5,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from rvc_mlx import fused_encoder
+from rvc_mlx import attention_kernel, fused_encoder
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
 from rvc_mlx.models.contentvec import PositionalConvEmbedding as Embedding
 
@@ -62,6 +62,32 @@ def test_attention_meets_few_lengths_and_only_frames_that_are_there(
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
     assert seen == {128, 144}
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_attention_of_its_own_takes_frames_as_they_are(encoder, monkeypatch, dtype):
+    plain = encoder(audio(4321))
+    encoder.set_dtype(dtype)
+    seen = []
+
+    def attend(qkv, heads):
+        """As the kernel."""
+        seen.append((qkv.shape, qkv.dtype))
+        q, k, v = mx.unflatten(qkv, -1, (3, heads, -1)).transpose(2, 0, 3, 1, 4)
+        y = mx.softmax(q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, axis=-1) @ v
+        return y.transpose(0, 2, 1, 3).flatten(-2)
+
+    monkeypatch.setattr(attention_kernel, "supports", lambda width: width == 16)
+    monkeypatch.setattr(attention_kernel, "self_attention", attend)
+    fused_encoder.quicken(encoder)
+    quick = encoder(audio(4321).astype(dtype))
+    assert (quick.shape, quick.dtype) == (plain.shape, dtype)
+    tolerance = 4e-2 if dtype == mx.bfloat16 else 1e-2
+    difference = np.abs(np.array(quick.astype(mx.float32)) - np.array(plain)).max()
+    assert difference < tolerance * np.abs(plain).max()
+    shape = (2, plain.shape[1], 3 * CONFIG.hidden_size)
+    factors = mx.float16 if dtype == mx.float32 else dtype
+    assert seen == CONFIG.num_layers * [(shape, factors)]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

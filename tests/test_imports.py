@@ -40,6 +40,7 @@ ORDER = [
         "device_high_pass",
         "gru_kernel",
         "conv_kernel",
+        "attention_kernel",
         "fused_joints",
         "image_conv",
         "fused_blocks",
