@@ -40,6 +40,7 @@ from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU, RMVPE
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.noise import DeviceNoise, Noise
+from rvc_mlx.product_convs import quicken_convs
 from rvc_mlx.retrieval import Blend, blending
 from rvc_mlx.spectral import LogMel, log_mel
 from rvc_mlx.spool import Spool
@@ -188,6 +189,7 @@ class MLXEngine:
         if self._fast_products and mx.cuda.is_available():
             if isinstance(network, HiFiGAN):
                 network._average = FusedBlocks(network)
+                quicken_convs(network)
                 quicken_joints(network)
             elif isinstance(network, ContentVec):
                 fused_encoder.quicken(network)

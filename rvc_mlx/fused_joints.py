@@ -101,5 +101,5 @@ def quicken_joints(vocoder: HiFiGAN) -> None:
     """Let a loaded vocoder compute this way from now on, if its widths allow it."""
     if isinstance(vocoder._upsampled, Joints):
         return
-    if all(len(upsample.weight) % PACK == 0 for upsample, _, _ in vocoder.stages()):
+    if all(len(upsample.bias) % PACK == 0 for upsample, _, _ in vocoder.stages()):
         vocoder._upsampled = Joints(vocoder)

@@ -43,6 +43,7 @@ ORDER = [
         "attention_kernel",
         "fused_joints",
         "image_conv",
+        "product_convs",
         "fused_blocks",
         "fused_encoder",
         "fused_prior",

@@ -1,0 +1,130 @@
+"""The vocoder's convolutions between its residual blocks as matrix products on CUDA.
+
+cuDNN plans each convolution anew for each length, for tens of milliseconds a vocoder. A
+product needs no plan::
+
+    Conv1d             windows of frames [L', taps * C_in]  x  weights [taps * C_in, C_out]
+    ConvTranspose1d    windows of the few frames that ``stride`` outputs see
+                       [L, frames * C_in]  x  weights [frames * C_in, stride * C_out]
+
+The last layer has one output, and its windows would be large: it goes through the kernel of
+the residual blocks, with zeros for the outputs that are not wanted.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from rvc_mlx.conv_kernel import Output, fused_conv, pack_weight, supports
+from rvc_mlx.models.nsf_hifigan import HiFiGAN
+
+
+class ProductConv(nn.Module):
+    """``Conv1d`` without dilation or groups."""
+
+    def __init__(self, layer: nn.Conv1d):
+        super().__init__()
+        outputs, self._taps, _ = layer.weight.shape
+        self._stride, self._padding = layer.stride, layer.padding
+        self.factors = mx.contiguous(layer.weight.reshape(outputs, -1).T)
+        if "bias" in layer:
+            self.bias = layer.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C_in]`` to ``[B, L', C_out]``."""
+        around = (self._padding, self._padding)
+        x = mx.pad(x, [(0, 0), around, (0, 0)]) if self._padding else x
+        frames = (x.shape[1] - self._taps) // self._stride + 1
+        return _product(_windows(x, frames, self._taps, self._stride), self)
+
+
+class ProductUp(nn.Module):
+    """``ConvTranspose1d`` without dilation."""
+
+    def __init__(self, layer: nn.ConvTranspose1d):
+        super().__init__()
+        weight = np.array(layer.weight.astype(mx.float32))
+        outputs, taps, inputs = weight.shape
+        stride, padding = layer.stride, layer.padding
+        self._stride = stride
+        self._missing = taps - 2 * padding + layer.output_padding - stride
+        # Output r of a frame's sees the frame d places on through the tap r + padding - d s.
+        self._before = (taps - 1 - padding) // stride
+        after = (stride - 1 + padding) // stride
+        self._seen = self._before + after + 1
+        factors = np.zeros((self._seen, inputs, stride, outputs), np.float32)
+        for i in range(self._seen):
+            for r in range(stride):
+                tap = r + padding - (i - self._before) * stride
+                if 0 <= tap < taps:
+                    factors[i, :, r] = weight[:, tap].T
+        flat = factors.reshape(self._seen * inputs, stride * outputs)
+        self.factors = mx.array(flat).astype(layer.weight.dtype)
+        if "bias" in layer:
+            self.bias = layer.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C_in]`` to ``[B, L', C_out]``."""
+        B, L, _ = x.shape
+        length = L * self._stride + self._missing
+        frames = -(-length // self._stride)
+        behind = frames - L + self._seen - 1 - self._before
+        x = mx.pad(x, [(0, 0), (self._before, max(behind, 0)), (0, 0)])
+        y = _windows(x, frames, self._seen, 1) @ self.factors
+        y = y.reshape(B, frames * self._stride, -1)
+        y = y if y.shape[1] == length else y[:, :length]
+        return y + self.bias if "bias" in self else y
+
+
+class OneOutput(nn.Module):
+    """``Conv1d`` with one output as one of several, through ``fused_conv``."""
+
+    def __init__(self, layer: nn.Conv1d):
+        super().__init__()
+        inputs, dtype = layer.weight.shape[2], layer.weight.dtype
+        factors = mx.float16 if dtype == mx.float32 else dtype
+        weight = mx.pad(layer.weight, [(0, inputs - 1), (0, 0), (0, 0)])
+        self._weight = pack_weight(
+            weight, dtype, products=factors, output=Output(dtype)
+        )
+        bias = layer.bias if "bias" in layer else mx.zeros((1,), dtype)
+        self._bias = mx.pad(bias, (0, inputs - 1))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``[B, L, C]`` to ``[B, L, 1]``."""
+        y = fused_conv(x, self._weight, self._bias, dilation=1, slope=1.0)
+        return y[..., :1]
+
+
+def _windows(x: mx.array, frames: int, taps: int, stride: int) -> mx.array:
+    """``[B, L, C]`` to ``[B, frames, taps * C]``: what lies from each ``stride``-th on."""
+    B, L, C = x.shape
+    x = mx.contiguous(x)
+    return mx.as_strided(x, (B, frames, taps * C), (L * C, stride * C, 1))
+
+
+def _product(x: mx.array, layer: ProductConv) -> mx.array:
+    if x.shape[-1] == 1:  # of one number each
+        y = x * layer.factors[0]
+        return y + layer.bias if "bias" in layer else y
+    if "bias" in layer:
+        return mx.addmm(layer.bias, x, layer.factors)
+    return x @ layer.factors
+
+
+def quicken_convs(vocoder: HiFiGAN) -> None:
+    """Let a loaded vocoder compute this way from now on, before ``quicken_joints``."""
+    post = vocoder.conv_post
+    if isinstance(post, OneOutput):
+        return
+    inputs, taps, dtype = post.weight.shape[2], post.weight.shape[1], post.weight.dtype
+    if not supports(inputs, taps, dtype):
+        return
+    vocoder.conv_pre = ProductConv(vocoder.conv_pre)
+    vocoder.conv_post = OneOutput(post)
+    ups = vocoder.upsamples if "upsamples" in vocoder else vocoder.ups
+    ups[:] = map(ProductUp, ups)
+    if "noise_convs" in vocoder:
+        vocoder.noise_convs[:] = map(ProductConv, vocoder.noise_convs)

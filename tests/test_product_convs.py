@@ -1,0 +1,123 @@
+"""The vocoder's convolutions as products are the convolutions."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from test_fused_joints import CONFIG, vocoder
+
+from rvc_mlx import conv_kernel, product_convs
+from rvc_mlx.fused_joints import Joints, quicken_joints
+from rvc_mlx.models.nsf_hifigan import Generator, MRFGenerator, NSFGenerator
+from rvc_mlx.product_convs import OneOutput, ProductConv, ProductUp, quicken_convs
+
+needs_gpu = pytest.mark.skipif(
+    not conv_kernel.supports(32, 7, mx.float32), reason="needs a CUDA GPU like an H100"
+)
+
+
+def filled(layer, bias):
+    mx.random.seed(0)
+    layer.weight = mx.random.normal(layer.weight.shape)
+    if bias:
+        layer.bias = mx.random.normal((len(layer.weight),))
+    return layer
+
+
+def check(found, expected, tolerance=1e-5):
+    found, expected = (np.array(a.astype(mx.float32)) for a in (found, expected))
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("inputs", "taps", "stride", "padding"),
+    [(24, 7, 1, 3), (1, 80, 40, 20), (1, 8, 4, 2), (1, 5, 3, 1), (1, 1, 1, 0)],
+)
+@pytest.mark.parametrize("length", [80, 121, 240])
+def test_a_convolution_is_a_product(inputs, taps, stride, padding, length, bias):
+    layer = nn.Conv1d(inputs, 16, taps, stride, padding, bias=bias)
+    x = mx.random.normal((2, length, inputs))
+    check(ProductConv(filled(layer, bias))(x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("taps", "stride", "padding", "behind"),
+    [
+        *((24, 12, 6, 0), (20, 10, 5, 0), (4, 2, 1, 0), (16, 10, 3, 0)),
+        *((10, 5, 3, 1), (16, 8, 4, 0), (6, 3, 2, 1), (9, 4, 0, 0), (2, 4, 0, 3)),
+    ],
+)
+@pytest.mark.parametrize("length", [1, 2, 17])
+def test_a_transposed_convolution_is_a_product(
+    taps, stride, padding, behind, length, bias
+):
+    layer = nn.ConvTranspose1d(
+        8, 16, taps, stride, padding, output_padding=behind, bias=bias
+    )
+    x = mx.random.normal((2, length, 8))
+    check(ProductUp(filled(layer, bias))(x), layer(x))
+
+
+@pytest.mark.parametrize("kind", [Generator, NSFGenerator, MRFGenerator])
+def test_a_vocoder_decodes_as_it_did(monkeypatch, kind):
+    """Up to the last layer, which has a kernel."""
+
+    def convolved(x, weight, bias, *, dilation, slope):
+        assert (dilation, slope) == (1, 1.0)
+        taps = weight.shape[1]
+        return mx.conv1d(x, weight, padding=taps // 2) + bias
+
+    monkeypatch.setattr(product_convs, "supports", lambda *given: True)
+    monkeypatch.setattr(product_convs, "pack_weight", lambda w, *_, **__: w)
+    monkeypatch.setattr(product_convs, "fused_conv", convolved)
+    network = vocoder(kind)
+    z = mx.random.normal((2, 12, CONFIG.inter_channels))
+    g = mx.random.normal((2, 1, CONFIG.gin_channels))
+    samples = 12 * int(np.prod(CONFIG.upsample_rates))
+    source = [] if kind is Generator else [mx.random.normal((2, samples, 1))]
+    expected = network(z, g, *source)
+    for _ in range(2):  # the second time changes nothing
+        quicken_convs(network)
+    assert isinstance(network.conv_post, OneOutput)
+    assert all(isinstance(up, ProductUp) for up, _, _ in network.stages())
+    check(network(z, g, *source), expected, 3e-4)
+    monkeypatch.setattr("rvc_mlx.fused_joints.joined", plain_join)
+    quicken_joints(network)
+    assert isinstance(network._upsampled, Joints)
+    check(network(z, g, *source), expected, 3e-4)
+
+
+def plain_join(x, beside=None, bias=None, slope=1.0):
+    for added in (beside, bias):
+        x = x if added is None else x + added
+    return mx.maximum(x, slope * x)
+
+
+def test_elsewhere_it_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(product_convs, "supports", lambda *given: False)
+    network = vocoder(Generator)
+    quicken_convs(network)
+    assert isinstance(network.conv_post, nn.Conv1d)
+    assert isinstance(network.ups[0], nn.ConvTranspose1d)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_quick_vocoder_decodes_alike(dtype):
+    network, plain = vocoder(NSFGenerator), vocoder(NSFGenerator)
+    z = mx.random.normal((2, 12, CONFIG.inter_channels))
+    g = mx.random.normal((2, 1, CONFIG.gin_channels))
+    source = mx.random.normal((2, 12 * int(np.prod(CONFIG.upsample_rates)), 1))
+    with mx.stream(mx.cpu):
+        expected = np.array(plain(z, g, source))
+    network.set_dtype(dtype)
+    quicken_convs(network)
+    quicken_joints(network)
+    found = network(*(a.astype(dtype) for a in (z, g, source)))
+    error = np.array(found.astype(mx.float32)) - expected
+    tolerance = 0.1 if dtype == mx.bfloat16 else 0.02
+    assert np.sqrt(np.mean(error**2)) < tolerance * np.sqrt(np.mean(expected**2))
