@@ -1,10 +1,11 @@
 """The order in which recordings go through the networks.
 
-Recordings come in waves, as many as the engine computes together, one on a CPU. While it
-computes the end of one wave, the host prepares the next and begins its first networks::
+Recordings come in waves, as many as the engine computes together, one on a CPU. A GPU is
+always one wave ahead of the host: before the F0 of one is waited for, the first networks of
+the next are under way, and before its result, the prior and the vocoder of the next::
 
-    host    prepare mel |F0|         | prepare mel |F0|  finish 1 | ...
-    device       encode salience prior vocoder 1 encode salience prior vocoder 2
+    host    prepare mel |F0 1| prepare mel  prepare mel |F0 2|      finish 1  prepare ...
+    device       encode salience 1 prior vocoder 1 encode salience 2, 3 prior vocoder 2
 
 Where the device makes the mel, too, it goes first: mel, salience, encode.
 
@@ -31,6 +32,8 @@ from rvc_mlx.segments import FRAME, Segment
 
 Part = tuple[Job, Segment]
 Event = tuple[Job, np.ndarray | Exception]
+Reading = Callable[[], Iterable[Event]]
+Wave = Callable[[], Iterable[Reading]]
 
 
 def convert_all(
@@ -47,8 +50,12 @@ def convert_all(
         Each job in order, with the blocks of its output at the voice's rate, to be read
         before the next job is asked for. They raise what went wrong with this one.
     """
-    begun = _started(nets, jobs, report)
-    if _batch_frames(nets):  # else the host itself computes: nothing runs beside it
+    beside = _batch_frames(nets) > 0  # else the host itself computes, nothing beside it
+    waves = _waves(nets, jobs, report)
+    if beside:
+        waves = _next_ahead(waves)
+    begun: Iterator[Reading] = itertools.chain.from_iterable(wave() for wave in waves)
+    if beside:
         begun = one_ahead(begun)
     events = itertools.chain.from_iterable(read() for read in begun)
     for job, own in itertools.groupby(events, key=lambda event: event[0]):
@@ -67,23 +74,39 @@ def _batch_frames(nets: Nets) -> int:
     return min(nets.encoder.batch_frames, nets.voice.batch_frames)
 
 
-def _started(
-    nets: Nets, jobs: Iterable[Job], report: Report
-) -> Iterator[Callable[[], Iterable[Event]]]:
-    """Everything begun, in order, as what reads it."""
+def _next_ahead(waves: Iterator[Wave]) -> Iterator[Wave]:
+    """Each wave, from the second on once the next one's first networks are begun."""
+    yield from itertools.islice(waves, 1)
+    yield from one_ahead(waves)
+
+
+def _waves(nets: Nets, jobs: Iterable[Job], report: Report) -> Iterator[Wave]:
+    """Each wave, its first networks begun, as what begins the others.
+
+    That gives, in order, what reads each of its results.
+    """
     most = _batch_frames(nets)
     waves = neighbours(jobs, lambda _: None, lambda job: job.length / FRAME, most)
     for wave in waves:
         with report.stage("prepare"):
             for _ in in_parallel(Job.prepare, wave):
                 pass
-        for job in wave:
-            if job.failure:
-                yield partial(list, [(job, job.failure)])
+        readings: list[Reading] = [
+            partial(list, [(job, job.failure)]) for job in wave if job.failure
+        ]
         good = [job for job in wave if not job.failure]
-        if good:
-            for windows in _wave(nets, good, most, report):
-                yield partial(_read, windows, report)
+        windows = _begin_wave(nets, good, most, report) if good else lambda: ()
+        yield partial(_in_order, readings, windows, report)
+
+
+def _in_order(
+    failures: Iterable[Reading],
+    windows: Callable[[], Iterable[Windows]],
+    report: Report,
+) -> Iterator[Reading]:
+    yield from failures
+    for begun in windows():
+        yield partial(_read, begun, report)
 
 
 def _read(windows: Windows, report: Report) -> Iterator[Event]:
@@ -92,10 +115,10 @@ def _read(windows: Windows, report: Report) -> Iterator[Event]:
         yield piece.owner, block
 
 
-def _wave(
+def _begin_wave(
     nets: Nets, jobs: Sequence[Job], most: int, report: Report
-) -> Iterator[Windows]:
-    """The windows of prepared recordings, begun one after the other."""
+) -> Callable[[], Iterator[Windows]]:
+    """Begin encoder and F0 of prepared recordings; what begins their windows in order."""
     options = jobs[0].options
     encoded = one_ahead(_encoded(nets, jobs, most, report))
     # What the host does for F0 is done beside the encoder; if it does nothing, the device
@@ -105,18 +128,22 @@ def _wave(
     with report.stage("pitch"):
         find_f0 = _begin_f0(nets, jobs, options)
     first = first or next(encoded)
-    with report.stage("pitch"):
-        find_f0()
-    for parts, raw in itertools.chain([first], encoded):
-        pieces = [job.piece(segment) for job, segment in parts]
-        with report.stage("index"):
-            features = _features(nets, raw, pieces, options)
-        with report.stage("prior"):
-            z = sample_latents(nets.voice, features, pieces)
-        yield from start_windows(nets.voice, z, pieces, report)
-    with report.stage("finish"):  # what can be done before there is a result
-        for job in jobs:
-            job.find_silence()
+
+    def windows() -> Iterator[Windows]:
+        with report.stage("pitch"):
+            find_f0()
+        for parts, raw in itertools.chain([first], encoded):
+            pieces = [job.piece(segment) for job, segment in parts]
+            with report.stage("index"):
+                features = _features(nets, raw, pieces, options)
+            with report.stage("prior"):
+                z = sample_latents(nets.voice, features, pieces)
+            yield from start_windows(nets.voice, z, pieces, report)
+        with report.stage("finish"):  # what can be done before there is a result
+            for job in jobs:
+                job.find_silence()
+
+    return windows
 
 
 def _encoded(

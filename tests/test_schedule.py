@@ -160,6 +160,29 @@ def test_the_host_never_waits_for_what_it_could_launch_beside(
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_device_has_the_next_wave_to_do_while_the_host_waits(small_models, clips):
+    plain = batching_converter(small_models, 0)
+    frame_bytes = 4 * 32 * plain.encoder.config.conv_dim
+    converter = batching_converter(small_models, 110 * frame_bytes)  # a clip a wave
+    done: list[str] = []
+    version = converter.voice.config.version
+    seams = {
+        "heard": converter.encoder._run(version),
+        "prior": converter.voice.prior,
+    }
+    for name, seam in seams.items():
+        seam.run = SimpleNamespace(
+            start=lambda *given, name=name, run=seam.run.start: (
+                done.append(name) or run(*given)
+            )
+        )
+    found = converter.convert_many(clips[::2], 16000, ConversionOptions(**OPTIONS))
+    assert done == ["heard", "prior", "heard", "heard", "prior", "prior"]
+    for clip, conversion in zip(clips[::2], found, strict=True):
+        alone = plain.convert(clip, 16000, ConversionOptions(**OPTIONS))
+        assert np.abs(conversion.audio - alone.audio).max() <= 1e-5
+
+
 def test_a_pitch_net_knows_where_its_spectrograms_are_made(small_models):
     engine = choose_engine("mlx-cpu", "f32")
     weights = read_weights(small_models.rmvpe, "rmvpe")
