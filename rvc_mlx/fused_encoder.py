@@ -26,6 +26,7 @@ from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.elementwise import gelu
 from rvc_mlx.fused_norm import added_norm
 from rvc_mlx.models.contentvec import ContentVec
+from rvc_mlx.windows import windows
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
 _LARGEST_STEP = 1 << 11  # frames between lengths that attention meets
@@ -154,9 +155,11 @@ def strided_product(x: mx.array, weight: mx.array, stride: int) -> mx.array:
     """``conv1d(x, weight, stride)``: ``[B, L, C_in]`` to ``[B, L', C_out]``."""
     (B, L, C), (outputs, taps, _) = x.shape, weight.shape
     frames = (L - taps) // stride + 1
-    x = mx.contiguous(x)
-    windows = mx.as_strided(x, (B, frames, taps * C), (L * C, stride * C, 1))
-    return windows @ weight.reshape(outputs, -1).T
+    if taps == stride:
+        seen = x[:, : frames * stride].reshape(B, frames, taps * C)
+    else:
+        seen = windows(x, taps, stride=stride, before=0, frames=frames)
+    return seen @ weight.reshape(outputs, -1).T
 
 
 def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.array:
@@ -178,21 +181,21 @@ def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.
     if L % stride or taps != 2 * stride:
         raise ValueError(f"{L} samples, {taps} taps and stride {stride} do not fit")
     blocks = audio.reshape(B, L // stride, stride)
-    windows = mx.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=-1)  # [B, n, taps]
-    exact = windows.astype(mx.float32)
+    seen = mx.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=-1)  # [B, n, taps]
+    exact = seen.astype(mx.float32)
     mean = exact.mean(axis=1)  # [B, taps]
     centred = exact - mean[:, None]
-    covariance = centred.swapaxes(1, 2) @ centred / windows.shape[1]
+    covariance = centred.swapaxes(1, 2) @ centred / seen.shape[1]
     weight = conv.weight[..., 0].astype(mx.float32)  # [C, taps]
     variance = ((weight @ covariance) * weight).sum(axis=-1)  # [B, C]
     scale = norm.weight * mx.rsqrt(variance + norm._eps)
     shift = norm.bias - (mean @ weight.T) * scale
     rows = [weight.T * scale[:, None], shift[:, None]]  # [B, taps, C], [B, 1, C]
     rows.append(mx.zeros((B, _COLUMNS - taps - 1, len(weight))))
-    ones = mx.ones((B, windows.shape[1], 1), windows.dtype)
-    zeros = mx.zeros((B, windows.shape[1], _COLUMNS - taps - 1), windows.dtype)
-    windows = mx.concatenate([windows, ones, zeros], axis=-1)
-    return windows @ mx.concatenate(rows, axis=1).astype(windows.dtype)
+    ones = mx.ones((B, seen.shape[1], 1), seen.dtype)
+    zeros = mx.zeros((B, seen.shape[1], _COLUMNS - taps - 1), seen.dtype)
+    seen = mx.concatenate([seen, ones, zeros], axis=-1)
+    return seen @ mx.concatenate(rows, axis=1).astype(seen.dtype)
 
 
 class WindowedEmbedding(nn.Module):
@@ -228,16 +231,16 @@ class WindowedEmbedding(nn.Module):
         """``[B, F, C]`` to ``[B, F, C]``."""
         B, F, C = x.shape
         G, S = self._groups, _STEP * C // self._groups
-        windows = -(-F // _STEP)
-        rows = windows + self._blocks - 1
+        count = -(-F // _STEP)
+        rows = count + self._blocks - 1
         behind = rows * _STEP - F - self._padding
         x = mx.pad(x, [(0, 0), (self._padding, behind), (0, 0)])
         x = x.reshape(B, rows, _STEP, G, C // G).transpose(3, 0, 1, 2, 4)
         x = mx.contiguous(x)
         width = self._blocks * S
         x = mx.as_strided(
-            x, (G, B, windows, width), (B * rows * S, rows * S, S, 1)
-        ).reshape(G, B * windows, width)
-        y = (x @ self.weight).reshape(G, B, windows, _STEP, C // G)
-        y = y.transpose(1, 2, 3, 0, 4).reshape(B, windows * _STEP, C)[:, :F]
+            x, (G, B, count, width), (B * rows * S, rows * S, S, 1)
+        ).reshape(G, B * count, width)
+        y = (x @ self.weight).reshape(G, B, count, _STEP, C // G)
+        y = y.transpose(1, 2, 3, 0, 4).reshape(B, count * _STEP, C)[:, :F]
         return gelu(y + self.bias)

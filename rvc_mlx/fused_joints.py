@@ -14,6 +14,7 @@ from rvc_mlx.cuda_kernel import CudaKernel
 from rvc_mlx.elementwise import EACH_PACK, PACK, pack_grid
 from rvc_mlx.models.layers import LRELU_SLOPE
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
+from rvc_mlx.product_convs import ProductUp
 
 _KERNEL = CudaKernel(
     "joined",
@@ -85,7 +86,10 @@ class Joints:
         source: mx.array | None,
     ) -> mx.array:
         """See ``upsampled``."""
-        up = upsample(joined(x, slope=LRELU_SLOPE))
+        if isinstance(upsample, ProductUp):  # which rectifies what it gathers
+            up = upsample(x, LRELU_SLOPE)
+        else:
+            up = upsample(joined(x, slope=LRELU_SLOPE))
         beside = None if source_conv is None else source_conv(source)
         return joined(up, beside, self._biases[id(upsample)])
 

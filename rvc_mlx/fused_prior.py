@@ -29,6 +29,7 @@ from rvc_mlx.models.vits import (
     ResidualCouplingFlow,
     ResidualCouplingLayer,
 )
+from rvc_mlx.windows import windows
 
 _THREADS = 256  # that make a row of scores
 _OFFSETS = 2 * RELATIVE_WINDOW + 1
@@ -118,31 +119,6 @@ for (int n = threadIdx.x; n < N; n += THREADS) {
 }
 """,
     (("L", "int"),),
-)
-_WINDOWS = CudaKernel(
-    "windows",
-    ("x",),
-    ("y",),
-    _PACKS
-    + r"""
-const int tap = i / width % taps, row = i / width / taps;
-const int from = row % L + tap - taps / 2;
-Pack out;
-#pragma unroll
-for (int n = 0; n < PACK; n++) out.v[n] = T(0.f);
-if (from >= 0 && from < L) {
-    out = ((const Pack*)x)[(size_t)(row - row % L + from) * width + channel];
-    if (rectify) {
-        #pragma unroll
-        for (int n = 0; n < PACK; n++) out.v[n] = T(fmaxf(float(out.v[n]), 0.f));
-    }
-}
-((Pack*)y)[i] = out;
-""",
-    (
-        *(("packs", "int"), ("width", "int"), ("L", "int")),
-        *(("taps", "int"), ("rectify", "int")),
-    ),
 )
 # A thread takes as many channels of both halves.
 GATE = CudaKernel(
@@ -241,20 +217,6 @@ def relative_softmax(scores: mx.array, offsets: mx.array) -> list[mx.array]:
     )
 
 
-def windows(x: mx.array, taps: int, rectify: bool = False) -> mx.array:
-    """``[B, T, C]`` to the frames that each frame's taps see, ``[B, T, taps * C]``."""
-    B, T, C = x.shape
-    packs = B * T * taps * C // PACK
-    (y,) = _WINDOWS(
-        [x],
-        [((B, T, taps * C), x.dtype)],
-        pack_grid(packs),
-        scalars=[packs, C // PACK, T, taps, rectify],
-        constants={"T": x.dtype, "PACK": PACK},
-    )
-    return y
-
-
 def gated(x: mx.array) -> mx.array:
     """``models.layers.gated``."""
     packs = x.size // (2 * PACK)
@@ -320,8 +282,8 @@ class FusedFFN(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
         """``[B, T, C]`` to ``[B, T, C]``."""
         _refuse(mask)
-        for (weight, bias), rectify in ((self.first, False), (self.second, True)):
-            x = mx.addmm(bias, windows(x, self._taps, rectify), weight.T)
+        for (weight, bias), slope in ((self.first, 1.0), (self.second, 0.0)):
+            x = mx.addmm(bias, windows(x, self._taps, slope=slope), weight.T)
         return x
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from rvc_mlx.conv_kernel import Output, fused_conv, pack_weight, supports
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
+from rvc_mlx.windows import windows
 
 
 class ProductConv(nn.Module):
@@ -34,10 +35,14 @@ class ProductConv(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, L, C_in]`` to ``[B, L', C_out]``."""
-        around = (self._padding, self._padding)
-        x = mx.pad(x, [(0, 0), around, (0, 0)]) if self._padding else x
-        frames = (x.shape[1] - self._taps) // self._stride + 1
-        return _product(_windows(x, frames, self._taps, self._stride), self)
+        frames = (x.shape[1] + 2 * self._padding - self._taps) // self._stride + 1
+        seen = windows(
+            *(x, self._taps),
+            stride=self._stride,
+            before=self._padding,
+            frames=frames,
+        )
+        return _product(seen, self)
 
 
 class ProductUp(nn.Module):
@@ -65,15 +70,13 @@ class ProductUp(nn.Module):
         if "bias" in layer:
             self.bias = layer.bias
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C_in]`` to ``[B, L', C_out]``."""
+    def __call__(self, x: mx.array, slope: float = 1.0) -> mx.array:
+        """``[B, L, C_in]``, leakily rectified, to ``[B, L', C_out]``."""
         B, L, _ = x.shape
         length = L * self._stride + self._missing
         frames = -(-length // self._stride)
-        behind = frames - L + self._seen - 1 - self._before
-        x = mx.pad(x, [(0, 0), (self._before, max(behind, 0)), (0, 0)])
-        y = _windows(x, frames, self._seen, 1) @ self.factors
-        y = y.reshape(B, frames * self._stride, -1)
+        seen = windows(x, self._seen, before=self._before, frames=frames, slope=slope)
+        y = (seen @ self.factors).reshape(B, frames * self._stride, -1)
         y = y if y.shape[1] == length else y[:, :length]
         return y + self.bias if "bias" in self else y
 
@@ -96,13 +99,6 @@ class OneOutput(nn.Module):
         """``[B, L, C]`` to ``[B, L, 1]``."""
         y = fused_conv(x, self._weight, self._bias, dilation=1, slope=1.0)
         return y[..., :1]
-
-
-def _windows(x: mx.array, frames: int, taps: int, stride: int) -> mx.array:
-    """``[B, L, C]`` to ``[B, frames, taps * C]``: what lies from each ``stride``-th on."""
-    B, L, C = x.shape
-    x = mx.contiguous(x)
-    return mx.as_strided(x, (B, frames, taps * C), (L * C, stride * C, 1))
 
 
 def _product(x: mx.array, layer: ProductConv) -> mx.array:

@@ -16,6 +16,7 @@ from rvc_mlx import (
     fused_unet,
     gru_kernel,
     image_conv,
+    windows,
 )
 from rvc_mlx.cuda_kernel import CudaKernel, Grid, compile_source
 from rvc_mlx.training import fused, weight_norm
@@ -102,7 +103,7 @@ def others():
         for kept in (True, False):
             row = {"T": dtype, "WINDOW": 10, "THREADS": 256, "KEPT": kept}
             yield fused_prior._SOFTMAX, 2 * (dtype,), 2 * (dtype,), row
-        yield fused_prior._WINDOWS, (dtype,), (dtype,), pack
+        yield windows._KERNEL, (dtype,), (dtype,), pack
         yield fused_prior._ADD_HALVES, 3 * (dtype,), 2 * (dtype,), pack
         yield fused._GATE_BACK, (dtype, dtype), (dtype,), pack
         yield fused._FORWARD, (dtype,), (dtype,), {"T": dtype}

@@ -34,13 +34,6 @@ def relative_softmax(scores, offsets):
     return [weights, mx.take_along_axis(weights, near, axis=-1)]
 
 
-def windows(x, taps, rectify=False):
-    T = x.shape[1]
-    padded = mx.pad(x, [(0, 0), (taps // 2, taps // 2), (0, 0)])
-    y = mx.concatenate([padded[:, k : k + T] for k in range(taps)], axis=-1)
-    return mx.maximum(y, 0) if rectify else y
-
-
 def add_halves(x, total, made):
     residual, skip = mx.split(made, 2, axis=-1)
     return [x + residual, skip if total is None else total + skip]
@@ -49,7 +42,6 @@ def add_halves(x, total, made):
 PLAIN = {
     "split_heads": split_heads,
     "relative_softmax": relative_softmax,
-    "windows": windows,
     "gated": gated,
     "add_halves": add_halves,
 }
@@ -133,7 +125,6 @@ CASES = {
         (4 * mx.random.normal((2, 2, 333, 333 + 2 * W))).astype(d),
         mx.random.normal((2, 2, 333, 2 * W + 1)).astype(d),
     ),
-    "windows": lambda d: (mx.random.normal((2, 37, 24)).astype(d), 5, True),
     "gated": lambda d: (mx.random.normal((2, 37, 48)).astype(d),),
     "add_halves": lambda d: tuple(
         mx.random.normal((2, 37, n)).astype(d) for n in (24, 24, 48)

@@ -1,0 +1,86 @@
+"""What each frame's taps see, side by side: convolutions along time as matrix products."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from rvc_mlx.cuda_kernel import CudaKernel
+from rvc_mlx.elementwise import EACH_PACK, PACK, on_cuda, pack_grid
+
+_KERNEL = CudaKernel(
+    "windows",
+    ("x",),
+    ("y",),
+    EACH_PACK
+    + r"""
+const int channel = i % width, tap = i / width % taps, row = i / width / taps;
+const int from = row % frames * stride + tap - before;
+Pack out;
+#pragma unroll
+for (int n = 0; n < PACK; n++) out.v[n] = T(0.f);
+if (from >= 0 && from < L) {
+    out = ((const Pack*)x)[((size_t)(row / frames) * L + from) * width + channel];
+    if (slope != 1.f) {
+        #pragma unroll
+        for (int n = 0; n < PACK; n++) {
+            const float v = float(out.v[n]);
+            out.v[n] = T(fmaxf(v, v * slope));
+        }
+    }
+}
+((Pack*)y)[i] = out;
+""",
+    (
+        *(("packs", "int"), ("width", "int"), ("L", "int"), ("frames", "int")),
+        *(("taps", "int"), ("stride", "int"), ("before", "int"), ("slope", "float")),
+    ),
+)
+
+
+def windows(
+    x: mx.array,
+    taps: int,
+    *,
+    stride: int = 1,
+    before: int | None = None,
+    frames: int | None = None,
+    slope: float = 1.0,
+) -> mx.array:
+    """``[B, L, C]`` to what each frame sees, ``[B, frames, taps * C]``; zeros outside.
+
+    Args:
+        x: positions, fewer than 2**34 numbers seen.
+        taps: positions that a frame sees.
+        stride: from one frame to the next.
+        before: positions in front of ``x`` that the first frame sees; by default half of
+            the taps.
+        frames: by default one for each position.
+        slope: of a leaky rectifier for negative values, 0 for a plain one, 1 for none.
+    """
+    B, L, C = x.shape
+    before = taps // 2 if before is None else before
+    frames = L if frames is None else frames
+    if C % PACK or not on_cuda():
+        return _plain(x, taps, stride, before, frames, slope)
+    packs = B * frames * taps * C // PACK
+    (y,) = _KERNEL(
+        [x],
+        [((B, frames, taps * C), x.dtype)],
+        pack_grid(packs),
+        scalars=[packs, C // PACK, L, frames, taps, stride, before, slope],
+        constants={"T": x.dtype, "PACK": PACK},
+    )
+    return y
+
+
+def _plain(
+    x: mx.array, taps: int, stride: int, before: int, frames: int, slope: float
+) -> mx.array:
+    if slope != 1:
+        x = mx.maximum(x, slope * x)
+    behind = (frames - 1) * stride + taps - before - x.shape[1]
+    if before or behind > 0:
+        x = mx.pad(x, [(0, 0), (before, max(behind, 0)), (0, 0)])
+    B, L, C = x.shape
+    x = mx.contiguous(x)
+    return mx.as_strided(x, (B, frames, taps * C), (L * C, stride * C, 1))
