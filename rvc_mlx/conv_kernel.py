@@ -24,7 +24,10 @@ Half of this long file is the CUDA source, which is one piece with the sizes aro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -333,8 +336,7 @@ _KERNEL = CudaKernel(
 )
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """How a block of threads divides its work.
 
     Attributes:
@@ -647,36 +649,38 @@ def _launch(
     inner_bias: mx.array | None = None,
 ) -> mx.array:
     """A convolution, or with ``inner_bias`` a step."""
-    _check(x, weight, bias, [a for a in added if a is not None])
-    (B, L, C), step = x.shape, inner_bias is not None
-    taps, tile = weight.array.shape[0] // (2 if step else 1), weight.tile
+    _check(x, weight, bias, added)
+    shape, dtype, array = x.shape, x.dtype, weight.array
+    tile, output = weight.tile, weight.output
+    (B, L, C), step = shape, inner_bias is not None
+    taps = array.shape[0] // (2 if step else 1)
     memory = tile.shared_memory(taps, dilation)
     if memory > MAX_SHARED_MEMORY:
         raise ValueError(
             f"{tile} needs {memory} bytes of shared memory at {taps} taps, dilation "
             f"{dilation}; a block has {MAX_SHARED_MEMORY}"
         )
-    nothing = x if x.dtype == weight.output.dtype else mx.zeros((), weight.output.dtype)
+    nothing = x if dtype == output.dtype else mx.zeros((), output.dtype)
+    residual, accumulate = added
     positions = tile.positions - (taps - 1 if step else 0)
     blocks = -(-L // positions) * (C // tile.columns)
     (y,) = _KERNEL(
         [
             x,
-            weight.array,
+            array,
             bias,
-            *(nothing if a is None else a for a in added),
+            nothing if residual is None else residual,
+            nothing if accumulate is None else accumulate,
             bias if inner_bias is None else inner_bias,
         ],
-        [(x.shape, weight.output.dtype)],
+        [(shape, output.dtype)],
         Grid(blocks, tile.threads, B, memory),
         scalars=[
             *(L, taps, dilation),
-            *(a is not None for a in added),
-            *(slope, scale, weight.output.slope),
+            *(residual is not None, accumulate is not None),
+            *(slope, scale, output.slope),
         ],
-        constants=_constants(
-            x.dtype, weight.array.dtype, C, tile, weight.output.dtype, step
-        ),
+        constants=_constants(dtype, array.dtype, C, tile, output.dtype, step),
     )
     return y
 
@@ -698,6 +702,7 @@ def _group(channels: int, dtype: mx.Dtype) -> int:
     return min(8 // dtype.size, channels // 8)
 
 
+@cache
 def _constants(
     dtype: mx.Dtype,
     products: mx.Dtype,
@@ -705,9 +710,9 @@ def _constants(
     tile: Tile,
     out_dtype: mx.Dtype | None = None,
     step: bool = False,
-) -> dict[str, Constant]:
+) -> Mapping[str, Constant]:
     """What the kernel is compiled for; the rest is told at run time."""
-    return {
+    constants: dict[str, Constant] = {
         "T": dtype,
         "P": products,
         "R": out_dtype or dtype,
@@ -724,27 +729,30 @@ def _constants(
         "TWICE": step,
         "INNER_GROUP": _group(channels, products),
     }
+    return MappingProxyType(constants)
 
 
 def _check(
-    x: mx.array, weight: PackedWeight, bias: mx.array, extra: list[mx.array]
+    x: mx.array,
+    weight: PackedWeight,
+    bias: mx.array,
+    added: tuple[mx.array | None, mx.array | None],
 ) -> None:
     """Refuse arrays that the kernel would read wrongly."""
-    C, w = x.shape[-1], weight.array
-    if x.ndim != 3 or 0 in x.shape or x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype} {x.shape}; want [B, L, C] of {DTYPES}")
-    allowed = (mx.float32, mx.float16) if x.dtype == mx.float32 else (x.dtype,)
+    shape, dtype, w = x.shape, x.dtype, weight.array
+    C, out = shape[-1], weight.output.dtype
+    if len(shape) != 3 or 0 in shape or dtype not in DTYPES:
+        raise ValueError(f"x is {dtype} {shape}; want [B, L, C] of {DTYPES}")
+    allowed = (mx.float32, mx.float16) if dtype == mx.float32 else (dtype,)
     if w.dtype not in allowed or w.shape[1:] != (C, C) or bias.shape != (C,):
         raise ValueError(
-            f"weight is {w.dtype} {w.shape} and bias {bias.shape} for x {x.dtype} {x.shape}"
+            f"weight is {w.dtype} {w.shape} and bias {bias.shape} for x {dtype} {shape}"
         )
-    if mx.bfloat16 in (x.dtype, weight.output.dtype) and x.dtype != weight.output.dtype:
+    if dtype != out and mx.bfloat16 in (dtype, out):
         raise ValueError(
-            f"a result of {weight.output.dtype} for x {x.dtype}; bfloat16 goes with "
+            f"a result of {out} for x {dtype}; bfloat16 goes with "
             "itself, float32 and float16 with each other"
         )
-    for a in extra:
-        if a.shape != x.shape or a.dtype != weight.output.dtype:
-            raise ValueError(
-                f"cannot add {a.dtype} {a.shape} to {weight.output.dtype} {x.shape}"
-            )
+    for a in added:
+        if a is not None and (a.shape != shape or a.dtype != out):
+            raise ValueError(f"cannot add {a.dtype} {a.shape} to {out} {shape}")

@@ -11,12 +11,13 @@ import hashlib
 import importlib.util
 import logging
 import os
+import struct
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -85,9 +86,11 @@ class Grid(NamedTuple):
     shared_memory: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CudaKernel:
     """A kernel and what it takes.
+
+    It equals itself only: a launch looks its code up, and must not hash a whole source.
 
     Attributes:
         name: of the function.
@@ -131,28 +134,45 @@ class CudaKernel:
             RuntimeError: there is no NVRTC, or it refuses the source.
         """
         shapes, dtypes = zip(*outputs, strict=True)
-        # CUDA is told a function's shared memory once, so each has its own function.
-        named = (*(constants or {}).items(), ("SHARED_MEMORY", grid.shared_memory))
-        given = tuple(a.dtype for a in inputs)
-        symbol, code = _compiled(self, given, dtypes, named, _architecture())
-        numbers = [
-            int(n) if kind == "int" else int(np.float32(n).view(np.int32))
-            for (_, kind), n in zip(self.scalars, scalars, strict=True)
-        ]
-        made = mx.fast.precompiled_cuda_kernel(
+        constants = constants or {}
+        symbol, code = _function(
+            self,
+            tuple([a.dtype for a in inputs]),
+            dtypes,
+            (*constants,),
+            (*constants.values(),),
+            grid.shared_memory,
+        )
+        made: list[mx.array] = mx.fast.precompiled_cuda_kernel(
             name=symbol,
             compiled_source=code,
             inputs=list(inputs),
             output_shapes=list(shapes),
             output_dtypes=list(dtypes),
-            scalars=numbers,
+            scalars=self._numbers(scalars),
             grid=(grid.blocks * grid.threads, grid.rows, 1),
             threadgroup=(grid.threads, 1, 1),
             shared_memory=grid.shared_memory,
             init_value=init_value,
             ensure_row_contiguous=True,
         )
-        return cast(list[mx.array], made)
+        return made
+
+    def _numbers(self, scalars: Sequence[float]) -> list[int]:
+        """Scalars as MLX is given them: floats as the bits of a float32."""
+        given, whole = self._layout
+        try:
+            return list(whole.unpack(given.pack(*scalars)))
+        except (struct.error, OverflowError):  # a float for an integer, or infinite
+            return [
+                int(n) if kind == "int" else int(np.float32(n).view(np.int32))
+                for (_, kind), n in zip(self.scalars, scalars, strict=True)
+            ]
+
+    @cached_property
+    def _layout(self) -> tuple[struct.Struct, struct.Struct]:
+        kinds = "".join(kind[0] for _, kind in self.scalars)
+        return struct.Struct(f"={kinds}"), struct.Struct(f"={len(kinds)}i")
 
     def text(
         self,
@@ -191,7 +211,22 @@ class CudaKernel:
         )
 
 
+# A launch asks for this, so it is quick: names and values apart are hashed sooner than pairs.
 @cache
+def _function(
+    kernel: CudaKernel,
+    inputs: tuple[mx.Dtype, ...],
+    outputs: tuple[mx.Dtype, ...],
+    names: tuple[str, ...],
+    values: tuple[Constant, ...],
+    shared_memory: int,
+) -> tuple[str, bytes]:
+    """Name and machine code of a kernel with constants, for this machine's GPU."""
+    # CUDA is told a function's shared memory once, so each has its own function.
+    named = (*zip(names, values, strict=True), ("SHARED_MEMORY", shared_memory))
+    return _compiled(kernel, inputs, outputs, named, _architecture())
+
+
 def _compiled(
     kernel: CudaKernel,
     inputs: tuple[mx.Dtype, ...],

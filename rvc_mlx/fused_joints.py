@@ -55,9 +55,9 @@ def joined(
         bias: ``[C]`` float32, or None.
         slope: of the rectifier for negative values; 1 for none.
     """
-    packs, nothing = x.size // PACK, mx.zeros((1,))
+    packs = x.size // PACK
     (y,) = _KERNEL(
-        [x, x if beside is None else beside, nothing if bias is None else bias],
+        [x, x if beside is None else beside, mx.zeros((1,)) if bias is None else bias],
         [(x.shape, x.dtype)],
         pack_grid(packs),
         scalars=[

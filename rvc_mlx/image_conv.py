@@ -15,7 +15,10 @@ Two taps a side look ahead only: that is what a transposed convolution of stride
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 
 import mlx.core as mx
 
@@ -25,6 +28,7 @@ from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
 
 _CHUNK = 64  # input channels held in shared memory at a time
 _PROCESSORS = 132  # that should have two blocks each
+_SMALL_TILE = Tile(2, 2, 2, 2, stages=6)  # 64 places, 32 channels
 
 _SOURCE = r"""
 using namespace fused_conv;
@@ -251,23 +255,22 @@ def image_conv(
     Raises:
         ValueError: Shapes or dtypes do not fit.
     """
-    shape = (*x.shape[:-1], weight.outputs)
+    dtype, outputs, side = x.dtype, weight.outputs, weight.side
+    shape = (*x.shape[:-1], outputs)
     _check(x, weight, bias, shortcut, shape)
-    B, T, M, inputs = x.shape
-    padded = weight.array.shape[1]
+    B, T, M, _ = shape
+    array = weight.array
+    _, padded, inputs = sizes = array.shape
     across = min(M, 16)
     tile = choose_tile(B * T * M, padded)
     down = tile.positions // across
     blocks = (padded // tile.columns) * (M // across) * -(-T // down)
     (y,) = _KERNEL(
-        [x, weight.array, bias, x if shortcut is None else shortcut],
-        [(shape, x.dtype)],
-        Grid(blocks, tile.threads, B, _memory(tile, across, weight)),
-        scalars=[
-            *(T, M, inputs, weight.outputs, padded),
-            *(shortcut is not None, rectify),
-        ],
-        constants=_constants(x.dtype, weight, tile, across),
+        [x, array, bias, x if shortcut is None else shortcut],
+        [(shape, dtype)],
+        Grid(blocks, tile.threads, B, _memory(tile, across, side, inputs)),
+        scalars=[T, M, inputs, outputs, padded, shortcut is not None, rectify],
+        constants=_constants(dtype, array.dtype, sizes, side, tile, across),
     )
     return y
 
@@ -275,11 +278,15 @@ def image_conv(
 def choose_tile(places: int, padded: int) -> Tile:
     """How blocks divide the work; ``chunk``, ``depth`` of it are not used."""
     columns = min(padded, 64)
-    large = Tile(4, 1, 2, columns // 8, stages=3)
+    large = _large_tile(columns)
     blocks = -(-places // large.positions) * (padded // columns)
-    if blocks >= 2 * _PROCESSORS or columns < 32:
-        return large
-    return Tile(2, 2, 2, 2, stages=6)  # 64 places, 32 channels
+    return large if blocks >= 2 * _PROCESSORS or columns < 32 else _SMALL_TILE
+
+
+@cache
+def _large_tile(columns: int) -> Tile:
+    """128 places."""
+    return Tile(4, 1, 2, columns // 8, stages=3)
 
 
 def _group(padded: int, dtype: mx.Dtype) -> int:
@@ -287,14 +294,14 @@ def _group(padded: int, dtype: mx.Dtype) -> int:
     return min(8 // dtype.size, 2, padded // 8)
 
 
-def _chunk(weight: PackedImageWeight) -> int:
-    inputs = weight.array.shape[2]
+def _chunk(inputs: int) -> int:
     return max(n for n in (16, 32, _CHUNK) if inputs % n == 0)
 
 
-def _memory(tile: Tile, across: int, weight: PackedImageWeight) -> int:
+@cache
+def _memory(tile: Tile, across: int, side: int, inputs: int) -> int:
     """Bytes of shared memory that a block asks for."""
-    halo, stride = weight.side - 1, 2 * _chunk(weight) + 16
+    halo, stride = side - 1, 2 * _chunk(inputs) + 16
     row = (across + halo) * stride + _skew(across)
     rows = tile.positions // across + halo
     return rows * row + tile.stages * tile.columns * stride
@@ -305,25 +312,42 @@ def _skew(across: int) -> int:
     return 96 if across == 4 else 0
 
 
+@cache
 def _constants(
-    dtype: mx.Dtype, weight: PackedImageWeight, tile: Tile, across: int
-) -> dict[str, Constant]:
-    """What the kernel is compiled for; the rest is told at run time."""
-    return {
+    dtype: mx.Dtype,
+    products: mx.Dtype,
+    sizes: tuple[int, int, int],
+    side: int,
+    tile: Tile,
+    across: int,
+) -> Mapping[str, Constant]:
+    """What the kernel is compiled for; the rest is told at run time.
+
+    Args:
+        dtype: of the images.
+        products: the type of the packed weights.
+        sizes: their shape.
+        side: taps along each side.
+        tile: of a block.
+        across: places of a tile along a row.
+    """
+    _, padded, inputs = sizes
+    constants: dict[str, Constant] = {
         "T": dtype,
-        "P": weight.array.dtype,
+        "P": products,
         "WARPS_M": tile.warps_m,
         "WARPS_N": tile.warps_n,
         "MT": tile.mt,
         "NT": tile.nt,
-        "CHUNK": _chunk(weight),
+        "CHUNK": _chunk(inputs),
         "STAGES": tile.stages,
         "BATCH": tile.batch,
-        "GROUP": _group(weight.array.shape[1], dtype),
+        "GROUP": _group(padded, dtype),
         "ACROSS": across,
         "SKEW": _skew(across),
-        "SIDE": weight.side,
+        "SIDE": side,
     }
+    return MappingProxyType(constants)
 
 
 def _check(
@@ -334,19 +358,17 @@ def _check(
     shape: tuple[int, ...],
 ) -> None:
     """Refuse arrays that the kernel would read wrongly."""
-    products = mx.float16 if x.dtype == mx.float32 else x.dtype
-    if x.ndim != 4 or 0 in x.shape or x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype} {x.shape}; want [B, T, M, C] of {DTYPES}")
-    if x.shape[2] not in (4, 8) and x.shape[2] % 16:
-        raise ValueError(f"x is {x.shape[2]} wide; want 4, 8 or a multiple of 16")
-    array = weight.array
-    if array.dtype != products or array.shape[2] != x.shape[-1]:
-        raise ValueError(
-            f"weight is {array.dtype} {array.shape} for x {x.dtype} {x.shape}"
-        )
+    given, dtype, array = x.shape, x.dtype, weight.array
+    products = mx.float16 if dtype == mx.float32 else dtype
+    if len(given) != 4 or 0 in given or dtype not in DTYPES:
+        raise ValueError(f"x is {dtype} {given}; want [B, T, M, C] of {DTYPES}")
+    if given[2] not in (4, 8) and given[2] % 16:
+        raise ValueError(f"x is {given[2]} wide; want 4, 8 or a multiple of 16")
+    if array.dtype != products or array.shape[2] != given[3]:
+        raise ValueError(f"weight is {array.dtype} {array.shape} for x {dtype} {given}")
     if bias.shape != (weight.outputs,) or bias.dtype != mx.float32:
         raise ValueError(f"bias is {bias.dtype} {bias.shape}; want [{weight.outputs}]")
-    if shortcut is not None and (shortcut.shape != shape or shortcut.dtype != x.dtype):
+    if shortcut is not None and (shortcut.shape != shape or shortcut.dtype != dtype):
         raise ValueError(
-            f"cannot add {shortcut.dtype} {shortcut.shape} to {x.dtype} {shape}"
+            f"cannot add {shortcut.dtype} {shortcut.shape} to {dtype} {shape}"
         )

@@ -111,7 +111,7 @@ def on_processor(
     np.array([B, L, dilation, k, blocks], np.int32).tofile(folder / "shape")
     np.array(numbers, np.float32).tofile(folder / "numbers")
     constants = conv_kernel._constants(dtype, products, C, tile, out_dtype, step)
-    constants["SHARED_MEMORY"] = memory
+    constants = {**constants, "SHARED_MEMORY": memory}
     main = _MAIN % as_on_processor(conv_kernel._SOURCE)
     for y in results(folder, constants, main, out_dtype):
         yield y.reshape(B, L, C)

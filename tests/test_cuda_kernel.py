@@ -1,6 +1,9 @@
 """CUDA kernels of our own: their source compiles, and is compiled once."""
 
+from dataclasses import replace
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from recipes import augment
@@ -72,7 +75,9 @@ def images():
                 mx.zeros((side * side, outputs, inputs), products), outputs, side
             )
             tile = image_conv.choose_tile(places, outputs)
-            constants = image_conv._constants(dtype, weight, tile, across)
+            constants = image_conv._constants(
+                dtype, products, weight.array.shape, side, tile, across
+            )
             inputs = (dtype, products, F32, dtype)
             yield image_conv._KERNEL, inputs, (dtype,), constants
 
@@ -169,9 +174,7 @@ def compiler(monkeypatch, tmp_path):
         return b"code"
 
     monkeypatch.setattr(cuda_kernel, "compile_source", stand_in)
-    cuda_kernel._compiled.cache_clear()
-    yield calls
-    cuda_kernel._compiled.cache_clear()
+    return calls
 
 
 def compiled(factor=2, architecture="sm_90"):
@@ -183,7 +186,6 @@ def test_a_kernel_is_compiled_once_for_all_processes(compiler, tmp_path):
     symbol, code = compiled()
     assert code == b"code"
     assert symbol in compiler[0][0]
-    cuda_kernel._compiled.cache_clear()  # another process
     assert compiled() == (symbol, code)
     assert len(compiler) == 1
     folder = tmp_path / "compiled" / "cuda"
@@ -196,7 +198,6 @@ def test_a_damaged_file_is_made_again(compiler, tmp_path, left):
     [path] = (tmp_path / "compiled" / "cuda").iterdir()
     whole = path.read_bytes()
     path.write_bytes(left)
-    cuda_kernel._compiled.cache_clear()
     assert compiled() == (symbol, b"code")
     assert path.read_bytes() == whole
     assert len(compiler) == 2
@@ -205,6 +206,71 @@ def test_a_damaged_file_is_made_again(compiler, tmp_path, left):
 def test_each_set_of_constants_and_each_gpu_has_its_own(compiler):
     symbols = {compiled()[0], compiled(3)[0], compiled(architecture="sm_100")[0]}
     assert len(symbols) == len(compiler) == 3
+
+
+@pytest.fixture
+def told(compiler, monkeypatch):
+    """What MLX is told of each launch."""
+    launches = []
+    monkeypatch.setattr(cuda_kernel, "_architecture", lambda: "sm_90")
+    monkeypatch.setattr(
+        mx.fast, "precompiled_cuda_kernel", lambda **given: launches.append(given)
+    )
+    return launches
+
+
+def launch(kernel, dtype=F32, constant=2, memory=0, scalars=(4, 2.0)):
+    kernel(
+        [mx.zeros(4, dtype)],
+        [((4,), F32)],
+        Grid(3, 32, 2, memory),
+        scalars=scalars,
+        constants={"T": F32, "FACTOR": constant},
+    )
+
+
+def test_a_launch_finds_what_was_compiled_for_the_same(compiler, told):
+    kernel = replace(DOUBLED)
+    for given in ({}, {"dtype": F16}, {"constant": 3}, {"memory": 64}):
+        launch(kernel, **given)
+        launch(kernel, **given)
+    names = [given["name"] for given in told]
+    assert names[::2] == names[1::2]
+    assert len(set(names)) == len(compiler) == 4
+    assert (told[0]["grid"], told[0]["threadgroup"]) == ((96, 2, 1), (32, 1, 1))
+    assert [given["shared_memory"] for given in told[-3:]] == [0, 64, 64]
+    launch(replace(kernel, source=kernel.source + ";"))
+    assert told[-1]["name"] not in names
+
+
+@pytest.mark.parametrize(
+    ("scalars", "bits"),
+    [
+        ((True, 2.5), [1, 0x40200000]),
+        ((3, 1), [3, 0x3F800000]),
+        ((-3.0, 1), [-3, 0x3F800000]),
+        ((1 << 40, 0.0), [1 << 40, 0]),
+        ((0, -0.0), [0, -(1 << 31)]),
+        ((0, np.float64(1 / 3)), [0, 0x3EAAAAAB]),
+        ((0, np.inf), [0, 0x7F800000]),
+    ],
+)
+def test_numbers_are_told_as_whole_ones(told, scalars, bits):
+    launch(DOUBLED, scalars=scalars)
+    assert told[0]["scalars"] == bits
+    assert {type(number) for number in told[0]["scalars"]} == {int}
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_a_number_too_large_is_infinite(told):
+    launch(DOUBLED, scalars=(0, 1e40))
+    assert told[0]["scalars"] == [0, 0x7F800000]
+
+
+@pytest.mark.parametrize("scalars", [(4,), (4, 2.0, 1.0)])
+def test_too_few_or_too_many_numbers_are_refused(told, scalars):
+    with pytest.raises(ValueError, match="zip"):
+        launch(DOUBLED, scalars=scalars)
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(compiler, tmp_path):

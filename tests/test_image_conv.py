@@ -82,7 +82,7 @@ def on_processor(folder, x, weight, bias, shortcut, rectify):
     numbers = [grid.rows, grid.blocks, *map(int, scalars)]
     np.array(numbers, np.int32).tofile(folder / "numbers")
     assert grid.threads == 32 * constants["WARPS_M"] * constants["WARPS_N"]
-    constants |= {"SHARED_MEMORY": grid.shared_memory}
+    constants = {**constants, "SHARED_MEMORY": grid.shared_memory}
     main = _MAIN % as_on_processor(image_conv._SOURCE)
     for y in results(folder, constants, main, x.dtype):
         yield y.reshape(shortcut.shape)
