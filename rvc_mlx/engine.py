@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx import fused_encoder, fused_prior, fused_unet
+from rvc_mlx import conv_kernel, fused_encoder, fused_prior, fused_unet
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.audio import HighPass, high_pass_spool
 from rvc_mlx.compiling import Replayed
@@ -127,6 +127,9 @@ class MLXEngine:
         )
         on_cuda = on_gpu and mx.cuda.is_available()
         self.high_pass: HighPass = self._high_pass if on_cuda else high_pass_spool
+        if on_cuda and self._fast_products and conv_kernel.supports(32, 7, mx.float16):
+            # No length is planned there, and memory is ample: a segment is one window.
+            self.window_frames, self.window_step = 4608, 64
         # A thread has a stream of its own: what it does waits for no network.
         self._aside = ThreadPoolExecutor(1)
         self.precision = precision
