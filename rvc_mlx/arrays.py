@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 
@@ -21,7 +20,6 @@ Item = TypeVar("Item")
 
 _LEAST_COPY = 1 << 18  # bytes; for fewer the copier's start costs more
 _ANY_DIRECTION = 4  # cudaMemcpyDefault
-_ON_DEVICE = 1  # cudaMemLocationTypeDevice
 
 
 def array_module(x: Array) -> Any:
@@ -71,95 +69,29 @@ def copy_to(target: np.ndarray, x: np.ndarray) -> None:
     target[:] = x
 
 
-def to_device(x: np.ndarray) -> mx.array:
-    """``mx.array(x)``, sent by the device's copier: it would fetch it page by page.
-
-    Args:
-        x: on the host.
-    """
-    made = mx.array(x)
-    if x.nbytes >= _LEAST_COPY and mx.default_device() == mx.Device(mx.gpu):
-        sender = _cuda_sender()
-        if sender:
-            sender(to_host(made))
-    return made
-
-
-class _Location(ctypes.Structure):
-    """``cudaMemLocation``."""
-
-    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
-
-
-@dataclass(frozen=True)
-class _Cuda:
-    """CUDA's runtime, and a stream of our own.
-
-    It waits for the default stream, on which MLX brings arrays to the host, but not as that
-    does for networks that are under way.
-    """
-
-    library: Any
-    version: int
-    stream: ctypes.c_void_p
-
-    def done(self, result: int) -> bool:
-        """Whether a call succeeded; its error is not left for MLX to find."""
-        if result:
-            self.library.cudaGetLastError()
-        return result == 0
-
-
 @cache
-def _cuda() -> _Cuda | None:
-    """None without CUDA."""
+def _cuda_copier() -> Callable[[np.ndarray, np.ndarray], bool] | None:
+    """Copies from CUDA's managed memory on a stream of its own; None without CUDA."""
     if not mx.cuda.is_available():
         return None
     stream = ctypes.c_void_p()
     for version in (13, 12):
         with suppress(OSError, AttributeError):
-            library = ctypes.CDLL(f"libcudart.so.{version}")
-            if library.cudaStreamCreate(ctypes.byref(stream)) == 0:
-                return _Cuda(library, version, stream)
-    return None
-
-
-@cache
-def _cuda_copier() -> Callable[[np.ndarray, np.ndarray], bool] | None:
-    """Copies from CUDA's managed memory; None without CUDA."""
-    cuda = _cuda()
-    if cuda is None:
+            cuda = ctypes.CDLL(f"libcudart.so.{version}")
+            # It waits for the default stream, on which MLX brings the array here, but not
+            # as that does for networks that are under way.
+            if cuda.cudaStreamCreate(ctypes.byref(stream)) == 0:
+                break
+    else:
         return None
 
     def copy(target: np.ndarray, x: np.ndarray) -> bool:
         places = (ctypes.c_void_p(a.ctypes.data) for a in (target, x))
         size = ctypes.c_size_t(x.nbytes)
-        begun = cuda.library.cudaMemcpyAsync(*places, size, _ANY_DIRECTION, cuda.stream)
-        return cuda.done(begun) and cuda.done(
-            cuda.library.cudaStreamSynchronize(cuda.stream)
-        )
+        failed = cuda.cudaMemcpyAsync(*places, size, _ANY_DIRECTION, stream)
+        return not (failed or cuda.cudaStreamSynchronize(stream))
 
     return copy
-
-
-@cache
-def _cuda_sender() -> Callable[[np.ndarray], bool] | None:
-    """Begins to move managed memory to the GPU; None without CUDA."""
-    cuda = _cuda()
-    number = ctypes.c_int()
-    if cuda is None or not cuda.done(cuda.library.cudaGetDevice(ctypes.byref(number))):
-        return None
-    place: tuple[Any, ...] = (number,)
-    if cuda.version >= 13:
-        place = (_Location(_ON_DEVICE, number.value), ctypes.c_uint(0))
-
-    def send(x: np.ndarray) -> bool:
-        begins, size = ctypes.c_void_p(x.ctypes.data), ctypes.c_size_t(x.nbytes)
-        return cuda.done(
-            cuda.library.cudaMemPrefetchAsync(begins, size, *place, cuda.stream)
-        )
-
-    return send
 
 
 def begin(*arrays: Array) -> None:

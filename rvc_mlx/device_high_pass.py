@@ -27,7 +27,7 @@ from threading import Lock
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import Array, begin, reflected, to_device, to_host
+from rvc_mlx.arrays import Array, begin, reflected, to_host
 from rvc_mlx.audio import (
     HIGH_PASS_ORDER,
     SETTLED,
@@ -282,7 +282,7 @@ def _operands(source: Spool, start: int, stop: int) -> tuple[mx.array, mx.array]
         for end in (before, after)
     ]
     rest = mx.concatenate([rests[0], mx.zeros(len(inside)), rests[1]])
-    return to_device(x), rest
+    return mx.array(x), rest
 
 
 def _filtered(

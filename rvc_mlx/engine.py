@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from rvc_mlx import conv_kernel, fused_encoder, fused_prior, fused_unet
-from rvc_mlx.arrays import Array, to_device, to_host
+from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.audio import HighPass, high_pass_spool
 from rvc_mlx.compiling import Replayed
 from rvc_mlx.device_high_pass import device_high_pass
@@ -261,7 +261,7 @@ def _memory_limit(limit: int) -> Iterator[None]:
 
 
 def _as_input(array: Array, dtype: mx.Dtype) -> mx.array:
-    result = array if isinstance(array, mx.array) else to_device(array)
+    result = array if isinstance(array, mx.array) else mx.array(array)
     return result.astype(dtype) if result.dtype == mx.float32 else result
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rvc_mlx import arrays
-from rvc_mlx.arrays import copy_to, to_device, to_host
+from rvc_mlx.arrays import copy_to, to_host
 from rvc_mlx.spool import Spool
 
 
@@ -68,58 +68,6 @@ def test_a_copier_that_fails_is_stood_in_for(monkeypatch):
 @pytest.mark.skipif(mx.cuda.is_available(), reason="has a CUDA GPU")
 def test_without_cuda_there_is_no_copier():
     assert arrays._cuda_copier() is None
-    assert arrays._cuda_sender() is None
-
-
-class Runtime:
-    """CUDA's, that says ``result`` to everything but the number of the device."""
-
-    def __init__(self, result):
-        self.result, self.calls, self.errors = result, [], 0
-
-    def cudaGetDevice(self, number):
-        number._obj.value = 3
-        return 0
-
-    def cudaMemPrefetchAsync(self, *given):
-        self.calls.append(given)
-        return self.result
-
-    def cudaGetLastError(self):
-        self.errors += 1
-
-
-@pytest.mark.parametrize("result", [0, 1])
-@pytest.mark.parametrize("version", [12, 13])
-def test_what_is_sent_is_told_as_each_version_wants_it(monkeypatch, version, result):
-    runtime = Runtime(result)
-    cuda = arrays._Cuda(runtime, version, ctypes.c_void_p(7))
-    monkeypatch.setattr(arrays, "_cuda", lambda: cuda)
-    send = arrays._cuda_sender.__wrapped__()
-    x = np.zeros(10, np.float32)
-    assert send(x) == (result == 0)
-    assert runtime.errors == result
-    [(begins, size, *place, stream)] = runtime.calls
-    assert (begins.value, size.value, stream.value) == (x.ctypes.data, 40, 7)
-    if version == 12:
-        assert [p.value for p in place] == [3]
-    else:
-        location, flags = place
-        assert (location.type, location.id, flags.value) == (1, 3, 0)
-
-
-def test_large_arrays_are_sent_and_no_others(monkeypatch):
-    sent = []
-    monkeypatch.setattr(arrays, "_cuda_sender", lambda: sent.append)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    for n in (70_000, 10):
-        x = np.arange(n, dtype=np.float32)
-        with mx.stream(mx.cpu):
-            np.testing.assert_array_equal(np.array(to_device(x)), x)
-    assert [len(x) for x in sent] == [70_000]
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-    to_device(np.zeros(70_000, np.float32))
-    assert len(sent) == 1
 
 
 @pytest.mark.gpu
@@ -133,14 +81,3 @@ def test_cuda_copies_what_is_computed():
             target = np.zeros(n, np.float32)
             assert copier(target, x)
             np.testing.assert_array_equal(target, 2 * np.arange(n, dtype=np.float32))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs a CUDA GPU")
-def test_cuda_is_sent_what_the_host_has():
-    sender = arrays._cuda_sender()
-    assert sender is not None
-    x = np.arange(1_000_001, dtype=np.float32)
-    assert sender(to_host(mx.array(x)))
-    with mx.stream(mx.gpu):
-        np.testing.assert_array_equal(to_host(to_device(x) * 2), 2 * x)
