@@ -97,6 +97,12 @@ class Windows:
     windows: Sequence[_Window]
     audio: Array
 
+    def ended(self) -> Iterator[Piece]:
+        """Pieces whose last window is among these."""
+        for window in self.windows:
+            if window.first + window.kept == window.piece.segment.last:
+                yield window.piece
+
     def read(self, report: Report) -> Iterator[tuple[Piece, np.ndarray]]:
         """Each window's piece and its audio ``[n]`` float32, at the voice's rate."""
         with report.stage("vocoder"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,9 +70,13 @@ class FileRun:
                     for job, raw in convert_all(self._nets, jobs, self._report):
                         file = self._open[job]
                         result = self._written(file, partial(job.blocks, raw))
-                        del self._open[job]
                         if isinstance(result, Exception):
                             error = result
+                            # The networks may still be on their way through it.
+                            with suppress(*_OF_A_FILE):
+                                deque(raw, maxlen=0)
+                        del self._open[job]
+                        job.close()
                         yield from self._failures()
                         yield file.number, result
                 except _OF_A_FILE as raised:
@@ -123,10 +128,7 @@ class FileRun:
         """Write a file; its report, or what befell it."""
         told = self._progress and partial(self._progress, file.number)
         try:
-            with (
-                file.job,
-                AudioWriter(file.target, self._rate, self._subtype) as writer,
-            ):
+            with AudioWriter(file.target, self._rate, self._subtype) as writer:
                 for block in blocks(self._report, told):
                     with self._report.stage("write"):
                         writer.write(block)

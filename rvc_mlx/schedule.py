@@ -1,8 +1,9 @@
 """The order in which recordings go through the networks.
 
 Recordings come in waves, as many as the engine computes together, one on a CPU. A GPU is
-always one wave ahead of the host: before the F0 of one is waited for, the first networks of
-the next are under way, and before its result, the prior and the vocoder of the next::
+one wave ahead of the host: before the F0 of one is waited for, but for the first, the first
+networks of the next are under way, and before its result, the prior and the vocoder of the
+next. So the recordings of three waves are held, and of a fourth one::
 
     host    prepare mel |F0 1| prepare mel  prepare mel |F0 2|      finish 1  prepare ...
     device       encode salience 1 prior vocoder 1 encode salience 2, 3 prior vocoder 2
@@ -34,6 +35,8 @@ Part = tuple[Job, Segment]
 Event = tuple[Job, np.ndarray | Exception]
 Reading = Callable[[], Iterable[Event]]
 Wave = Callable[[], Iterable[Reading]]
+
+_OF_A_WAVE = (ValueError, OSError, MemoryError, RuntimeError)  # what befalls it alone
 
 
 def convert_all(
@@ -95,18 +98,36 @@ def _waves(nets: Nets, jobs: Iterable[Job], report: Report) -> Iterator[Wave]:
             partial(list, [(job, job.failure)]) for job in wave if job.failure
         ]
         good = [job for job in wave if not job.failure]
-        windows = _begin_wave(nets, good, most, report) if good else lambda: ()
-        yield partial(_in_order, readings, windows, report)
+        try:
+            begin_windows = _begin_wave(nets, good, most, report) if good else tuple
+        except _OF_A_WAVE as error:
+            readings += [partial(list, [(job, error)]) for job in good]
+            good, begin_windows = [], tuple
+        yield partial(_in_order, readings, good, begin_windows, report)
 
 
 def _in_order(
-    failures: Iterable[Reading],
-    windows: Callable[[], Iterable[Windows]],
+    readings: Iterable[Reading],
+    jobs: Sequence[Job],
+    begin_windows: Callable[[], Iterable[Windows]],
     report: Report,
 ) -> Iterator[Reading]:
-    yield from failures
-    for begun in windows():
-        yield partial(_read, begun, report)
+    """``readings``, then those of jobs' windows.
+
+    What begins them may raise, while results of other waves are still to be read. It is
+    told when the jobs' turn comes that have windows left to begin.
+    """
+    yield from readings
+    last = {job: [s for s in job.segments if s.last > s.first][-1] for job in jobs}
+    try:
+        for windows in begin_windows():
+            yield partial(_read, windows, report)
+            for piece in windows.ended():
+                assert isinstance(piece.owner, Job)
+                if last.get(piece.owner) is piece.segment:
+                    del last[piece.owner]
+    except _OF_A_WAVE as error:
+        yield from [partial(list, [(job, error)]) for job in last]
 
 
 def _read(windows: Windows, report: Report) -> Iterator[Event]:
@@ -129,7 +150,7 @@ def _begin_wave(
         find_f0 = _begin_f0(nets, jobs, options)
     first = first or next(encoded)
 
-    def windows() -> Iterator[Windows]:
+    def begin_windows() -> Iterator[Windows]:
         with report.stage("pitch"):
             find_f0()
         for parts, raw in itertools.chain([first], encoded):
@@ -143,7 +164,7 @@ def _begin_wave(
             for job in jobs:
                 job.find_silence()
 
-    return windows
+    return begin_windows
 
 
 def _encoded(

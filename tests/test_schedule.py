@@ -8,8 +8,9 @@ import pytest
 import soundfile
 from tiny_models import narrow_refinegan
 
-from rvc_mlx import ConversionOptions, job
+from rvc_mlx import ConversionOptions, file_run, job
 from rvc_mlx.audio import high_pass_spool
+from rvc_mlx.audio_io import AudioWriter
 from rvc_mlx.device_high_pass import DeviceSpool
 from rvc_mlx.device_mel import device_log_mel
 from rvc_mlx.engine import MLXEngine, choose_engine
@@ -394,21 +395,59 @@ def test_a_recording_that_cannot_be_read_again_fails_alone(
     assert [target.exists() for _, target in files] == [True, False, True, True, True]
 
 
-def test_what_a_network_raises_ends_its_wave_and_no_more(small_models, files):
+@pytest.mark.parametrize("frames", [0, 110])  # that go together: a file a wave
+@pytest.mark.parametrize("network", ["encoder", "prior", "vocoder"])
+@pytest.mark.parametrize("call", [1, 2, 4])
+def test_what_a_network_raises_ends_its_wave_and_no_more(
+    small_models, files, frames, network, call
+):
     converter = batching_converter(small_models, 0)
-    run, calls = converter.voice.prior, []
+    frame_bytes = 4 * 32 * converter.encoder.config.conv_dim
+    converter = batching_converter(small_models, frames * frame_bytes)
+    seams = {
+        "encoder": converter.encoder._run(converter.voice.config.version),
+        "prior": converter.voice.prior,
+        "vocoder": converter.voice.vocoder,
+    }
+    run, calls = seams[network].run, []
 
     def start(*arrays):
-        calls.append(len(calls))
-        if len(calls) == 2:
+        calls.append(network)
+        if len(calls) == call:
             raise ValueError("weights are damaged")
         return run.start(*arrays)
 
-    converter.voice.prior = type("Failing", (), {"start": staticmethod(start)})
+    seams[network].run = SimpleNamespace(start=start)
     results = dict(converter.convert_files(files, ConversionOptions(**OPTIONS)))
-    failed = [n for n, result in results.items() if isinstance(result, Exception)]
-    assert failed == [1]
+    failed = {n: str(r) for n, r in results.items() if isinstance(r, Exception)}
+    # The second file has two windows, which alone do not go together.
+    fourth = 2 if network == "vocoder" and not frames else 3
+    number = {1: 0, 2: 1, 4: fourth}[call]
+    assert failed == {number: "weights are damaged"}
     assert sorted(results) == list(range(len(files)))
+    assert [target.exists() for _, target in files] == [
+        n != number for n in range(len(files))
+    ]
+
+
+def test_a_file_that_cannot_be_written_fails_alone(
+    small_models, files, speech, monkeypatch
+):
+    soundfile.write(files[0][0], speech[:33000], 16000)
+    converter = batching_converter(small_models, 1 << 30)
+
+    class Writer(AudioWriter):
+        def __init__(self, path, *given):
+            if path == files[0][1]:
+                raise OSError("the disk is full")
+            super().__init__(path, *given)
+
+    monkeypatch.setattr(file_run, "AudioWriter", Writer)
+    cuts = {"x_query": 0.1, "x_center": 2, "x_max": 2}
+    results = dict(converter.convert_files(files, ConversionOptions(**OPTIONS | cuts)))
+    failed = {n: str(r) for n, r in results.items() if isinstance(r, Exception)}
+    assert failed == {0: "the disk is full"}
+    assert len(results) == len(files)
 
 
 def test_files_are_opened_when_their_turn_comes(small_models, files):
