@@ -22,9 +22,10 @@ from threading import Lock
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from rvc_mlx import conv_kernel, fused_encoder, fused_prior, fused_unet
+from rvc_mlx import fused_encoder, fused_prior, fused_unet, product_convs
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.audio import HighPass, high_pass_spool
 from rvc_mlx.compiling import Replayed
@@ -40,7 +41,6 @@ from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.models.rmvpe import GRU, RMVPE
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.noise import DeviceNoise, Noise
-from rvc_mlx.product_convs import quicken_convs
 from rvc_mlx.retrieval import Blend, blending
 from rvc_mlx.spectral import LogMel, log_mel
 from rvc_mlx.spool import Spool
@@ -105,8 +105,8 @@ class MLXEngine:
     Attributes:
         device: what computes, in words.
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
-        window_frames: most frames that the vocoder decodes at once.
-        window_step: windows are a multiple of it, up to that.
+        window_frames: most frames that a vocoder decodes at once, see ``windows``.
+        window_step: its windows are a multiple of it, up to that.
         batch_bytes: most memory for the largest array of inputs that are computed
             together, all arrays of a network take several times as much; 0 where one
             input keeps the device busy.
@@ -127,9 +127,7 @@ class MLXEngine:
         )
         on_cuda = on_gpu and mx.cuda.is_available()
         self.high_pass: HighPass = self._high_pass if on_cuda else high_pass_spool
-        if on_cuda and self._fast_products and conv_kernel.supports(32, 7, mx.float16):
-            # No length is planned there, and memory is ample: a segment is one window.
-            self.window_frames, self.window_step = 4608, 64
+        self._convolves_itself = on_cuda and self._fast_products
         # A thread has a stream of its own: what it does waits for no network.
         self._aside = ThreadPoolExecutor(1)
         self.precision = precision
@@ -143,6 +141,16 @@ class MLXEngine:
     def bind(self, seam: Seam) -> Run:
         """The seam on this device; weights are loaded at its first run."""
         return _MLXRun(self, seam)
+
+    def windows(self, vocoder: nn.Module) -> tuple[int, int]:
+        """Most frames that a vocoder decodes at once, and what its windows are a multiple of.
+
+        Where no convolution is left to a library, no length is planned, and memory is
+        ample: a segment is one window then.
+        """
+        if self._convolves_itself and product_convs.serves(vocoder):
+            return 4608, 64
+        return self.window_frames, self.window_step
 
     def noise(self, seed: int) -> Noise:
         """Random numbers where they will be used."""
@@ -192,7 +200,7 @@ class MLXEngine:
         if self._fast_products and mx.cuda.is_available():
             if isinstance(network, HiFiGAN):
                 network._average = FusedBlocks(network)
-                quicken_convs(network)
+                product_convs.quicken_convs(network)
                 quicken_joints(network)
             elif isinstance(network, ContentVec):
                 fused_encoder.quicken(network)
@@ -303,6 +311,10 @@ class OpenVINOEngine:
         path = self._cache_path(seam)
         read = self._readers.submit(self._read_back, path, self._options(seam))
         return _OpenVINORun(lambda: read.result() or self._compile(seam, path))
+
+    def windows(self, _: nn.Module) -> tuple[int, int]:
+        """Frames of every window of a vocoder, twice."""
+        return self.window_frames, self.window_step
 
     def noise(self, seed: int) -> Noise:
         """Random numbers where they will be used."""

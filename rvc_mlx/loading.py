@@ -306,7 +306,7 @@ class Voice:
         path: its file.
         config: its sizes.
         window: most frames of latent that the vocoder takes at once.
-        window_step: see the engine's.
+        window_step: windows are a multiple of it.
         batch_frames: most frames of several windows that it takes together.
         context: of the window, frames on each side that only serve as context.
         source_context: frames of source beyond the window on each side.
@@ -336,9 +336,10 @@ class Voice:
         self.noise_shapes: list[tuple[int, int]] = (
             vocoder.noise_shapes() if isinstance(vocoder, RefineGANGenerator) else []
         )
+        most, step = engine.windows(vocoder)
         # A RefineGAN takes noise of every channel at every sample.
-        most = min(engine.window_frames, 1024 if self.noise_shapes else 1 << 20)
-        self.window_step = min(engine.window_step, most)
+        most = min(most, 1024) if self.noise_shapes else most
+        self.window_step = min(step, most)
         self.window = most + 2 * self.context
         self.batch_frames = engine.batch_bytes // (4 * self._widest())
         self.prior = engine.bind(self.prior_seam())

@@ -40,7 +40,7 @@ from rvc_mlx.spool import Spool
 
 _SHORTEST_WARM_UP = 0.1  # seconds
 # Between lengths of a warm-up: share of a padded recording, and seconds at most. Steady
-# lengths are a sixteenth apart or more, the vocoder's windows 2.56 s.
+# lengths are a sixteenth apart or more, a vocoder's windows that are planned 2.56 s.
 _WARM_UP_SHARE, _WARM_UP_STEP = 1 / 17, 2.5
 
 

@@ -108,6 +108,15 @@ def test_a_batch_takes_a_share_of_the_memory_but_no_more_than_gains(
     assert MLXEngine(mx.Device(mx.cpu), "f32").batch_bytes == batch
 
 
+def test_windows_are_long_where_no_length_is_planned(monkeypatch):
+    monkeypatch.setattr(module.product_convs, "serves", lambda vocoder: vocoder == 1)
+    engine = MLXEngine(mx.Device(mx.cpu), "f16")
+    assert engine.windows(1) == engine.windows(2) == (3072, 256)
+    engine._convolves_itself = True
+    assert engine.windows(1) == (4608, 64)
+    assert engine.windows(2) == (3072, 256)
+
+
 # Graphs that are kept -----------------------------------------------------------------
 
 

@@ -1,10 +1,12 @@
 """The vocoder's convolutions as products are the convolutions."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from test_fused_joints import CONFIG, vocoder
+from test_fused_joints import CONFIG, plain, vocoder
 
 from rvc_mlx import conv_kernel, product_convs
 from rvc_mlx.fused_joints import Joints, quicken_joints
@@ -84,16 +86,10 @@ def test_a_vocoder_decodes_as_it_did(monkeypatch, kind):
     assert isinstance(network.conv_post, OneOutput)
     assert all(isinstance(up, ProductUp) for up, _, _ in network.stages())
     check(network(z, g, *source), expected, 3e-4)
-    monkeypatch.setattr("rvc_mlx.fused_joints.joined", plain_join)
+    monkeypatch.setattr("rvc_mlx.fused_joints.joined", plain)
     quicken_joints(network)
     assert isinstance(network._upsampled, Joints)
     check(network(z, g, *source), expected, 3e-4)
-
-
-def plain_join(x, beside=None, bias=None, slope=1.0):
-    for added in (beside, bias):
-        x = x if added is None else x + added
-    return mx.maximum(x, slope * x)
 
 
 def test_elsewhere_it_stays_as_it_is(monkeypatch):
@@ -104,20 +100,38 @@ def test_elsewhere_it_stays_as_it_is(monkeypatch):
     assert isinstance(network.ups[0], nn.ConvTranspose1d)
 
 
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_a_vocoder_is_served_if_its_last_layer_is(monkeypatch, width):
+    def supports(channels, taps, dtype):
+        return channels in conv_kernel.CHANNELS and taps == 7
+
+    monkeypatch.setattr(product_convs, "supports", supports)
+    network = vocoder(Generator, replace(CONFIG, upsample_initial_channel=width))
+    quicken_convs(network)
+    assert product_convs.serves(network) == (width == 256)
+    assert isinstance(network.conv_post, OneOutput) == (width == 256)
+    assert not product_convs.serves(nn.Linear(3, 4))
+
+
 @needs_gpu
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Generator, NSFGenerator, MRFGenerator])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_a_quick_vocoder_decodes_alike(dtype):
-    network, plain = vocoder(NSFGenerator), vocoder(NSFGenerator)
+def test_a_quick_vocoder_decodes_alike(dtype, kind):
+    config = replace(CONFIG, upsample_initial_channel=256)
+    network, other = (vocoder(kind, config) for _ in range(2))
     z = mx.random.normal((2, 12, CONFIG.inter_channels))
     g = mx.random.normal((2, 1, CONFIG.gin_channels))
-    source = mx.random.normal((2, 12 * int(np.prod(CONFIG.upsample_rates)), 1))
+    samples = 12 * int(np.prod(CONFIG.upsample_rates))
+    source = [] if kind is Generator else [mx.random.normal((2, samples, 1))]
     with mx.stream(mx.cpu):
-        expected = np.array(plain(z, g, source))
+        expected = np.array(other(z, g, *source))
     network.set_dtype(dtype)
     quicken_convs(network)
     quicken_joints(network)
-    found = network(*(a.astype(dtype) for a in (z, g, source)))
+    assert isinstance(network.conv_post, OneOutput)
+    assert isinstance(network._upsampled, Joints)
+    found = network(*(a.astype(dtype) for a in (z, g, *source)))
     error = np.array(found.astype(mx.float32)) - expected
     tolerance = 0.1 if dtype == mx.bfloat16 else 0.02
     assert np.sqrt(np.mean(error**2)) < tolerance * np.sqrt(np.mean(expected**2))
