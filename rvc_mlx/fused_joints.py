@@ -2,7 +2,7 @@
 
 A stage's input is ``upsample(leaky_relu(x)) + source_conv(source)``. As MLX has it, the
 rectifier is two passes over memory, each bias one and the sum another; here the rectifier
-is one, and sum and biases are one.
+is one, or none where ``product_convs`` gathers what it is to see, and sum and biases are one.
 """
 
 from __future__ import annotations

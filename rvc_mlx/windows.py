@@ -24,7 +24,7 @@ if (from >= 0 && from < L) {
         #pragma unroll
         for (int n = 0; n < PACK; n++) {
             const float v = float(out.v[n]);
-            out.v[n] = T(fmaxf(v, v * slope));
+            out.v[n] = T(fmaxf(v, slope == 0.f ? 0.f : v * slope));
         }
     }
 }
@@ -49,7 +49,7 @@ def windows(
     """``[B, L, C]`` to what each frame sees, ``[B, frames, taps * C]``; zeros outside.
 
     Args:
-        x: positions, fewer than 2**34 numbers seen.
+        x: positions.
         taps: positions that a frame sees.
         stride: from one frame to the next.
         before: positions in front of ``x`` that the first frame sees; by default half of
@@ -60,9 +60,9 @@ def windows(
     B, L, C = x.shape
     before = taps // 2 if before is None else before
     frames = L if frames is None else frames
-    if C % PACK or not on_cuda():
-        return _plain(x, taps, stride, before, frames, slope)
     packs = B * frames * taps * C // PACK
+    if C % PACK or not 0 < packs < 1 << 31 or not on_cuda():
+        return _plain(x, taps, stride, before, frames, slope)
     (y,) = _KERNEL(
         [x],
         [((B, frames, taps * C), x.dtype)],
@@ -77,7 +77,7 @@ def _plain(
     x: mx.array, taps: int, stride: int, before: int, frames: int, slope: float
 ) -> mx.array:
     if slope != 1:
-        x = mx.maximum(x, slope * x)
+        x = mx.maximum(x, slope * x if slope else 0)
     behind = (frames - 1) * stride + taps - before - x.shape[1]
     if before or behind > 0:
         x = mx.pad(x, [(0, 0), (before, max(behind, 0)), (0, 0)])
