@@ -127,7 +127,6 @@ class MLXEngine:
         )
         on_cuda = on_gpu and mx.cuda.is_available()
         self.high_pass: HighPass = self._high_pass if on_cuda else high_pass_spool
-        self._convolves_itself = on_cuda and self._fast_products
         # A thread has a stream of its own: what it does waits for no network.
         self._aside = ThreadPoolExecutor(1)
         self.precision = precision
@@ -137,6 +136,12 @@ class MLXEngine:
         self._queued = min(memory // _QUEUES, _LONGEST_QUEUE)
         self._resident = 0  # bytes in use when the last network was loaded
         self._index_bytes = memory // _INDEXES
+
+    @property
+    def _quickens(self) -> bool:
+        """Whether networks compute with CUDA kernels that are short of float32."""
+        on_cuda = self._device == mx.Device(mx.gpu) and mx.cuda.is_available()
+        return self._fast_products and on_cuda
 
     def bind(self, seam: Seam) -> Run:
         """The seam on this device; weights are loaded at its first run."""
@@ -148,7 +153,7 @@ class MLXEngine:
         Where no convolution is left to a library, no length is planned, and memory is
         ample: a segment is one window then.
         """
-        if self._convolves_itself and product_convs.serves(vocoder):
+        if self._quickens and product_convs.serves(vocoder):
             return 4608, 64
         return self.window_frames, self.window_step
 
@@ -197,7 +202,7 @@ class MLXEngine:
         network = getattr(step, "func", getattr(step, "__self__", step))
         if isinstance(network, RMVPE) and mx.cuda.is_available():
             fused_unet.quicken(network, self._fast_products)
-        if self._fast_products and mx.cuda.is_available():
+        if self._quickens:
             if isinstance(network, HiFiGAN):
                 network._average = FusedBlocks(network)
                 product_convs.quicken_convs(network)
@@ -219,10 +224,9 @@ class MLXEngine:
                 arrays = (step(*arrays),)
             return arrays[0].astype(mx.float32)
 
-        on_cuda = self._device == mx.Device(mx.gpu) and mx.cuda.is_available()
         # What is not to be short of float32 stays as it is: its GELU would be five passes.
         # So does a plain loop over frames: MLX walks a graph to its end by recursion.
-        if not (on_cuda and self._fast_products):
+        if not self._quickens:
             return network
         if any(isinstance(step, GRU) for step in steps):
             return network

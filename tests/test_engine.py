@@ -112,9 +112,11 @@ def test_windows_are_long_where_no_length_is_planned(monkeypatch):
     monkeypatch.setattr(module.product_convs, "serves", lambda vocoder: vocoder == 1)
     engine = MLXEngine(mx.Device(mx.cpu), "f16")
     assert engine.windows(1) == engine.windows(2) == (3072, 256)
-    engine._convolves_itself = True
+    engine = on_cuda(monkeypatch)
     assert engine.windows(1) == (4608, 64)
     assert engine.windows(2) == (3072, 256)
+    engine._fast_products = False
+    assert engine.windows(1) == (3072, 256)
 
 
 # Graphs that are kept -----------------------------------------------------------------
