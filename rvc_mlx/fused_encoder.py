@@ -153,12 +153,9 @@ class ProductExtractor(nn.Module):
 
 def strided_product(x: mx.array, weight: mx.array, stride: int) -> mx.array:
     """``conv1d(x, weight, stride)``: ``[B, L, C_in]`` to ``[B, L', C_out]``."""
-    (B, L, C), (outputs, taps, _) = x.shape, weight.shape
-    frames = (L - taps) // stride + 1
-    if taps == stride:
-        seen = x[:, : frames * stride].reshape(B, frames, taps * C)
-    else:
-        seen = windows(x, taps, stride=stride, before=0, frames=frames)
+    outputs, taps, _ = weight.shape
+    frames = (x.shape[1] - taps) // stride + 1
+    seen = windows(x, taps, stride=stride, before=0, frames=frames)
     return seen @ weight.reshape(outputs, -1).T
 
 

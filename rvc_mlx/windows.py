@@ -60,6 +60,8 @@ def windows(
     B, L, C = x.shape
     before = taps // 2 if before is None else before
     frames = L if frames is None else frames
+    if (stride, before, slope) == (taps, 0, 1) and frames * taps <= L:  # side by side
+        return x[:, : frames * taps].reshape(B, frames, taps * C)
     packs = B * frames * taps * C // PACK
     if C % PACK or not 0 < packs < 1 << 31 or not on_cuda():
         return _plain(x, taps, stride, before, frames, slope)

@@ -13,6 +13,8 @@ CASES = [
     (3, {"before": 1, "frames": 40, "slope": 0.1}),
     (4, {"stride": 3, "before": 2, "frames": 15}),
     (1, {"before": 0}),
+    (2, {"stride": 2, "before": 0, "frames": 18}),
+    (2, {"stride": 2, "before": 0, "frames": 19}),
 ]
 
 
