@@ -81,7 +81,7 @@ class FileRun:
                         yield file.number, result
                 except _OF_A_FILE as raised:
                     error = raised
-                # What the networks raised has ended the wave, not only the file.
+                # What was raised between files has ended all that are open.
                 for file in self._open.values():
                     self._failed.append((file.number, error))
                 self._close()

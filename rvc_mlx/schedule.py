@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 
@@ -101,9 +102,12 @@ def _waves(nets: Nets, jobs: Iterable[Job], report: Report) -> Iterator[Wave]:
         try:
             begin_windows = _begin_wave(nets, good, most, report) if good else tuple
         except _OF_A_WAVE as error:
-            readings += [partial(list, [(job, error)]) for job in good]
-            good, begin_windows = [], tuple
+            begin_windows = partial(_raise, error)
         yield partial(_in_order, readings, good, begin_windows, report)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 def _in_order(
