@@ -36,13 +36,14 @@ class ProductConv(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, L, C_in]`` to ``[B, L', C_out]``."""
         frames = (x.shape[1] + 2 * self._padding - self._taps) // self._stride + 1
-        seen = windows(
-            *(x, self._taps),
-            stride=self._stride,
-            before=self._padding,
-            frames=frames,
-        )
-        return _product(seen, self)
+        options = {"stride": self._stride, "before": self._padding, "frames": frames}
+        seen = windows(x, self._taps, **options)
+        if seen.shape[-1] == 1:  # of one number each
+            y = seen * self.factors[0]
+            return y + self.bias if "bias" in self else y
+        if "bias" in self:
+            return mx.addmm(self.bias, seen, self.factors)
+        return seen @ self.factors
 
 
 class ProductUp(nn.Module):
@@ -99,15 +100,6 @@ class OneOutput(nn.Module):
         """``[B, L, C]`` to ``[B, L, 1]``."""
         y = fused_conv(x, self._weight, self._bias, dilation=1, slope=1.0)
         return y[..., :1]
-
-
-def _product(x: mx.array, layer: ProductConv) -> mx.array:
-    if x.shape[-1] == 1:  # of one number each
-        y = x * layer.factors[0]
-        return y + layer.bias if "bias" in layer else y
-    if "bias" in layer:
-        return mx.addmm(layer.bias, x, layer.factors)
-    return x @ layer.factors
 
 
 def serves(vocoder: nn.Module) -> bool:
