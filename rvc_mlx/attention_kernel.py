@@ -25,6 +25,13 @@ _WARPS = 4  # of 16 queries
 _STRIDE = 2 * WIDTH + 16  # bytes between rows, so that eight of them touch all banks
 _STAGES = 2  # tiles of keys and values
 _MEMORY = (1 + 2 * _STAGES) * _TILE * _STRIDE
+_SIZES = {
+    "WIDTH": WIDTH,
+    "TILE": _TILE,
+    "WARPS": _WARPS,
+    "STRIDE": _STRIDE,
+    "STAGES": _STAGES,
+}
 _LOG2_E = math.log2(math.e)
 
 HEADER = r"""
@@ -221,13 +228,6 @@ def self_attention(qkv: mx.array, heads: int) -> mx.array:
         [((B, F, heads * WIDTH), qkv.dtype)],
         Grid(-(-F // _TILE) * heads, 32 * _WARPS, B, _MEMORY),
         scalars=[F, heads, WIDTH**-0.5 * _LOG2_E],
-        constants={
-            "T": qkv.dtype,
-            "WIDTH": WIDTH,
-            "TILE": _TILE,
-            "WARPS": _WARPS,
-            "STRIDE": _STRIDE,
-            "STAGES": _STAGES,
-        },
+        constants={"T": qkv.dtype, **_SIZES},
     )
     return y

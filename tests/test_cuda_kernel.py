@@ -84,8 +84,8 @@ def images():
 
 def others():
     for dtype in (F16, BF16):
-        sizes = {"WIDTH": 64, "TILE": 64, "WARPS": 4, "STRIDE": 144, "STAGES": 2}
-        yield attention_kernel._KERNEL, (dtype,), (dtype,), {"T": dtype, **sizes}
+        attention = {"T": dtype, **attention_kernel._SIZES}
+        yield attention_kernel._KERNEL, (dtype,), (dtype,), attention
     yield gru_kernel._CLUSTER_KERNEL, (F32,) * 3, (F32,), {}
     yield device_high_pass._kernel(), (F32,) * 2, (F32,) * 2, {}
     yield weight_norm._FORWARD_KERNEL, (F32, INT), (F32,), {}
