@@ -14,7 +14,7 @@ import numpy as np
 
 from rvc_mlx import pitch
 from rvc_mlx.arrays import Array, one_ahead
-from rvc_mlx.decoding import Piece, sample_latents, start_windows
+from rvc_mlx.decoding import Piece, Plan, plan_of, sample_latents, start_windows
 from rvc_mlx.engine import Run, Seam, Step, fingerprint
 from rvc_mlx.loading import Engine, PitchNet, Voice, read_weights
 from rvc_mlx.models.layers import load_strictly
@@ -150,13 +150,24 @@ class OurSynthesis:
 
     def synthesize(self, features: np.ndarray, f0: np.ndarray) -> np.ndarray:
         """Audio of all frames but the margins; the latent stays where it was made."""
-        z = sample_latents(self._voice, features[None], [self._piece(f0)])
-        return self.decode(z, f0)
+        pieces = [self._piece(f0)]
+        plan = plan_of(self._voice, pieces)
+
+        def latents() -> Array:
+            return sample_latents(self._voice, features[None], pieces, plan)
+
+        return self._decoded(latents, pieces, plan)
 
     def decode(self, z: Array, f0: np.ndarray) -> np.ndarray:
         """Source and vocoder: audio of all frames but the margins."""
+        pieces = [self._piece(f0)]
+        return self._decoded(lambda: z, pieces, plan_of(self._voice, pieces))
+
+    def _decoded(
+        self, latents: Callable[[], Array], pieces: list[Piece], plan: Plan
+    ) -> np.ndarray:
         report = Report()
-        begun = start_windows(self._voice, z, [self._piece(f0)], report)
+        begun = start_windows(self._voice, latents, pieces, plan, report)
         return np.concatenate(
             [audio for windows in one_ahead(begun) for _, audio in windows.read(report)]
         )

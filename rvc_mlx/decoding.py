@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, neighbours, to_host, together
+from rvc_mlx.arrays import Array, array_module, begin, neighbours, to_host, together
 from rvc_mlx.loading import Voice
 from rvc_mlx.noise import Noise
 from rvc_mlx.report import Report
@@ -48,24 +49,98 @@ class Piece:
         return lambda name, *shape: draw(self.noise, name, self.segment.number, *shape)
 
 
-def sharing_draws() -> Draw:
-    """Noise for pieces that are computed together; what several draw is made once."""
-    return cache(lambda noise, name, *key: noise.normal(name, *key)[None])
+@dataclass(frozen=True)
+class Cut:
+    """Frames of a segment that are decoded at once, and how many of them are kept."""
+
+    first: int  # that is kept; the context begins before it
+    length: int
+    kept: int
 
 
-def sample_latents(voice: Voice, features: Array, pieces: Sequence[Piece]) -> Array:
+class Plan:
+    """Where the vocoder cuts segments, and noise for them: neither depends on a network.
+
+    Args:
+        voice: the voice.
+        segments: that are computed together, each with where its randomness comes from.
+    """
+
+    def __init__(self, voice: Voice, segments: Sequence[tuple[Segment, Noise]]):
+        self._voice, self._segments = voice, segments
+        self.cuts = [list(_cuts(voice, segment, voice.window_frames)) for segment, _ in segments]
+        self._drawn: dict[tuple[Any, ...], Array] = {}
+
+    def draw(self) -> None:
+        """Begin to draw what the prior and the source will ask for."""
+        voice = self._voice
+        for (segment, noise), cuts in zip(self._segments, self.cuts, strict=True):
+            asked = [("prior", *_prior_noise(voice, segment.frames))]
+            if voice.source is not None:
+                asked += [("source", *_source_noise(voice, cut)) for cut in cuts]
+            for name, *shape in asked:
+                key = (noise, name, segment.number, *shape)
+                if key not in self._drawn:
+                    self._drawn[key] = noise.normal(name, segment.number, *shape)[None]
+        begin(*self._drawn.values())
+
+    def sharing_draws(self) -> Draw:
+        """Noise for segments that are computed together; what several draw is made once."""
+
+        def drawn(*key: Any) -> Array:
+            noise, name, *which = key
+            known = self._drawn.pop(
+                key, None
+            )  # the cache holds it as long as it serves
+            return noise.normal(name, *which)[None] if known is None else known
+
+        return cache(drawn)
+
+
+def plan_of(voice: Voice, pieces: Sequence[Piece]) -> Plan:
+    """A plan for pieces."""
+    return Plan(voice, [(piece.segment, piece.noise) for piece in pieces])
+
+
+def _cuts(
+    voice: Voice, segment: Segment, window_frames: Callable[[int], int]
+) -> Iterator[Cut]:
+    first = segment.first
+    while first < segment.last:
+        length = window_frames(segment.last - first)
+        kept = min(length - 2 * voice.context, segment.last - first)
+        yield Cut(first, length, kept)
+        first += kept
+
+
+def _prior_noise(voice: Voice, frames: int) -> tuple[int, int, int, int]:
+    """First and last frame, rows of a frame and channels."""
+    return 0, frames, 1, voice.config.inter_channels
+
+
+def _source_noise(voice: Voice, cut: Cut) -> tuple[int, int, int, int]:
+    """Likewise; the source begins before a window, and ends behind it."""
+    start = cut.first - voice.context - voice.source_context
+    stop = start + cut.length + 2 * voice.source_context
+    return start, stop, voice.config.samples_per_frame, voice.harmonics
+
+
+def sample_latents(
+    voice: Voice, features: Array, pieces: Sequence[Piece], plan: Plan
+) -> Array:
     """Text encoder, prior sample and inverse flow of segments.
 
     Args:
         voice: the voice.
         features: ``[B, T, feature_size]`` float32, 100 frames per second.
         pieces: ``B`` segments of ``T`` frames.
+        plan: for them.
 
     Returns:
         ``[B, T, inter_channels]`` float32, where the engine made it.
     """
-    T, width, draw = features.shape[1], voice.config.inter_channels, sharing_draws()
-    noise = [piece.drawing(draw)("prior", 0, T, 1, width) for piece in pieces]
+    draw, shape = plan.sharing_draws(), _prior_noise(voice, features.shape[1])
+    noise = [piece.drawing(draw)("prior", *shape) for piece in pieces]
     inputs = [features, together(noise), together([p.speaker for p in pieces])]
     if voice.config.f0:
         inputs.append(np.stack([pitch.quantize_f0(_f0(piece)) for piece in pieces]))
@@ -79,14 +154,12 @@ def _f0(piece: Piece) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Window:
-    """Frames of a piece that are decoded at once, and how many of them are kept."""
+    """A cut of a piece."""
 
     piece: Piece
-    z: Array  # [T, C] of the whole segment
+    row: int  # of the piece, among those that are computed together
     oscillator: Oscillator | None
-    first: int  # that is kept; the context begins before it
-    length: int
-    kept: int
+    cut: Cut
 
 
 @dataclass(frozen=True)
@@ -100,7 +173,7 @@ class Windows:
     def ended(self) -> Iterator[Piece]:
         """Pieces whose last window is among these."""
         for window in self.windows:
-            if window.first + window.kept == window.piece.segment.last:
+            if window.cut.first + window.cut.kept == window.piece.segment.last:
                 yield window.piece
 
     def read(self, report: Report) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -109,51 +182,59 @@ class Windows:
             audio = to_host(self.audio)
         U, context = self.voice.config.samples_per_frame, self.voice.context
         for window, row in zip(self.windows, audio, strict=True):
-            yield window.piece, row[context * U : (context + window.kept) * U]
+            yield window.piece, row[context * U : (context + window.cut.kept) * U]
 
 
 def start_windows(
-    voice: Voice, z: Array, pieces: Sequence[Piece], report: Report
+    voice: Voice,
+    latents: Callable[[], Array],
+    pieces: Sequence[Piece],
+    plan: Plan,
+    report: Report,
 ) -> Iterator[Windows]:
     """Begin to decode the kept frames of segments, window by window, in order.
 
     Args:
         voice: the voice.
-        z: latents ``[B, T, inter_channels]`` float32 of whole segments.
+        latents: begins those of whole segments, ``[B, T, inter_channels]`` float32; asked
+            once, when the first source is begun, which wants nothing of them.
         pieces: ``B`` segments.
+        plan: for them.
         report: takes the time of the stages.
 
     Yields:
         Neighbouring windows; a piece's have ``(last - first) * U`` samples in all.
     """
     planned = (
-        w for zi, piece in zip(z, pieces, strict=True) for w in _plan(voice, zi, piece)
+        window
+        for row, (piece, cuts) in enumerate(zip(pieces, plan.cuts, strict=True))
+        for window in _windows(voice, piece, row, cuts)
     )
-    length = attrgetter("length")
+    length, z = attrgetter("cut.length"), None
     for batch in neighbours(planned, length, length, voice.batch_frames):
-        inputs = [
-            together(
-                [_cut(w.z, w.first - voice.context, w.length)[None] for w in batch]
-            ),
-            together([w.piece.speaker for w in batch]),
-        ]
         with report.stage("source"):
-            inputs += _excitation(voice, batch)
+            excitation = _excitation(voice, batch, plan)
+        z = latents() if z is None else z
+        frames = [_frames(voice, z[window.row], window.cut)[None] for window in batch]
+        speakers = together([window.piece.speaker for window in batch])
         with report.stage("vocoder"):
-            audio = voice.vocoder.start(*inputs)
+            audio = voice.vocoder.start(together(frames), speakers, *excitation)
         yield Windows(voice, batch, audio)
 
 
-def _plan(voice: Voice, z: Array, piece: Piece) -> Iterator[_Window]:
-    segment, oscillator = piece.segment, None
+def _windows(
+    voice: Voice, piece: Piece, row: int, cuts: Sequence[Cut]
+) -> Iterator[_Window]:
+    oscillator = None
     if voice.config.f0:
         oscillator = Oscillator(voice, _f0(piece), piece)
-    first = segment.first
-    while first < segment.last:
-        length = voice.window_frames(segment.last - first)
-        kept = min(length - 2 * voice.context, segment.last - first)
-        yield _Window(piece, z, oscillator, first, length, kept)
-        first += kept
+    for cut in cuts:
+        yield _Window(piece, row, oscillator, cut)
+
+
+def _frames(voice: Voice, z: Array, cut: Cut) -> Array:
+    """What a window takes of a segment's latent ``[T, C]``."""
+    return _cut(z, cut.first - voice.context, cut.length)
 
 
 def _cut(frames: Array, start: int, length: int) -> Array:
@@ -183,20 +264,16 @@ class Oscillator:
         return [cycles, phases, self._offset]
 
 
-def _excitation(voice: Voice, windows: Sequence[_Window]) -> list[Array]:
+def _excitation(voice: Voice, windows: Sequence[_Window], plan: Plan) -> list[Array]:
     """Vocoder inputs after the speaker: nothing, or the source and a stage's noises."""
     if voice.source is None:
         return []
-    U, draw, rows = voice.config.samples_per_frame, sharing_draws(), []
-    margin = voice.source_context
+    draw, rows = plan.sharing_draws(), []
     for window in windows:
         assert window.oscillator is not None
-        start = window.first - voice.context - margin
-        length = window.length + 2 * margin
-        noise = window.piece.drawing(draw)(
-            "source", start, start + length, U, voice.harmonics
-        )
-        rows.append([*window.oscillator.inputs(start, length), noise])
+        start, stop, *shape = _source_noise(voice, window.cut)
+        noise = window.piece.drawing(draw)("source", start, stop, *shape)
+        rows.append([*window.oscillator.inputs(start, stop - start), noise])
     source = voice.source.start(*map(together, zip(*rows, strict=True)))
     stages = range(len(voice.noise_shapes))
     return [source, *(_stage_noise(voice, windows, draw, i) for i in stages)]
@@ -208,8 +285,8 @@ def _stage_noise(
     """Noises of a stage's six places side by side, ``[B, rows, 6 * channels]``."""
     rows = []
     for window in windows:
-        start = window.first - voice.context
-        shape = (start, start + window.length, *voice.noise_shapes[stage])
+        start = window.cut.first - voice.context
+        shape = (start, start + window.cut.length, *voice.noise_shapes[stage])
         drawn = window.piece.drawing(draw)
         parts = [
             drawn(f"adain.{stage}.{branch}.{place}", *shape)

@@ -25,7 +25,7 @@ import numpy as np
 
 from rvc_mlx import pitch
 from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead, together
-from rvc_mlx.decoding import Piece, Windows, sample_latents, start_windows
+from rvc_mlx.decoding import Piece, Plan, Windows, sample_latents, start_windows
 from rvc_mlx.job import Job, Nets
 from rvc_mlx.machine import in_parallel
 from rvc_mlx.options import ConversionOptions
@@ -153,22 +153,40 @@ def _begin_wave(
     with report.stage("pitch"):
         find_f0 = _begin_f0(nets, jobs, options)
     first = first or next(encoded)
+    plan = _plan(nets, first[0])
+    if most:  # the device draws while F0 comes back, not when all wait for it
+        plan.draw()
 
     def begin_windows() -> Iterator[Windows]:
         with report.stage("pitch"):
             find_f0()
-        for parts, raw in itertools.chain([first], encoded):
-            pieces = [job.piece(segment) for job, segment in parts]
-            with report.stage("index"):
-                features = _features(nets, raw, pieces, options)
-            with report.stage("prior"):
-                z = sample_latents(nets.voice, features, pieces)
-            yield from start_windows(nets.voice, z, pieces, report)
+        yield from _decoded(nets, *first, plan, report)
+        for parts, raw in encoded:
+            yield from _decoded(nets, parts, raw, _plan(nets, parts), report)
         with report.stage("finish"):  # what can be done before there is a result
             for job in jobs:
                 job.find_silence()
 
     return begin_windows
+
+
+def _plan(nets: Nets, parts: Sequence[Part]) -> Plan:
+    return Plan(nets.voice, [(segment, job.noise) for job, segment in parts])
+
+
+def _decoded(
+    nets: Nets, parts: Sequence[Part], raw: Array, plan: Plan, report: Report
+) -> Iterator[Windows]:
+    """The windows of segments that are encoded, their F0 known."""
+    pieces = [job.piece(segment) for job, segment in parts]
+
+    def latents() -> Array:
+        with report.stage("index"):
+            features = _features(nets, raw, pieces, parts[0][0].options)
+        with report.stage("prior"):
+            return sample_latents(nets.voice, features, pieces, plan)
+
+    return start_windows(nets.voice, latents, pieces, plan, report)
 
 
 def _encoded(

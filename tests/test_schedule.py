@@ -184,6 +184,39 @@ def test_a_device_has_the_next_wave_to_do_while_the_host_waits(small_models, cli
         assert np.abs(conversion.audio - alone.audio).max() <= 1e-5
 
 
+@pytest.mark.parametrize("batch_bytes", [0, 1 << 30])
+def test_noise_waits_for_no_pitch_and_the_source_for_no_latent(
+    small_models, clips, monkeypatch, batch_bytes
+):
+    converter = batching_converter(small_models, batch_bytes)
+    options, done = ConversionOptions(**OPTIONS), []
+    expected = converter.convert(clips[0], 16000, options, noise=Noise(3)).audio
+
+    class Watched(Noise):
+        def normal(self, name, *shape):
+            done.append(f"draw {name}")
+            return super().normal(name, *shape)
+
+    def watched(name, function):
+        return lambda *given: done.append(name) or function(*given)
+
+    monkeypatch.setattr(job.Job, "take_f0", watched("pitch", job.Job.take_f0))
+    voice = converter.voice
+    monkeypatch.setattr(
+        voice.prior,
+        "run",
+        SimpleNamespace(start=watched("prior", voice.prior.run.start)),
+    )
+    monkeypatch.setattr(
+        voice, "source", SimpleNamespace(start=watched("source", voice.source.start))
+    )
+    found = converter.convert(clips[0], 16000, options, noise=Watched(3)).audio
+    np.testing.assert_array_equal(found, expected)
+    early = ["draw prior", "draw source", "pitch", "source", "prior"]
+    late = ["pitch", "draw source", "source", "draw prior", "prior"]
+    assert done == (early if batch_bytes else late)
+
+
 def test_a_pitch_net_knows_where_its_spectrograms_are_made(small_models):
     engine = choose_engine("mlx-cpu", "f32")
     weights = read_weights(small_models.rmvpe, "rmvpe")
