@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from rvc_mlx import conv_kernel
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
+from rvc_mlx.steady import OwnRows
 
 WIDTH = 64  # channels of a head
 _TILE = 64  # queries of a block, and keys that it meets at a time
@@ -57,7 +58,8 @@ extern __shared__ __align__(16) unsigned char shared[];
 constexpr int THREADS = 32 * WARPS, PIECES = WIDTH / 8, HALVES = WIDTH / 16;
 constexpr int TILE_BYTES = TILE * STRIDE;
 const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-const int tiles = (frames + TILE - 1) / TILE;
+const int tiles = (frames + TILE - 1) / TILE;  // of queries
+const int known = limited ? own[0] : frames, key_tiles = (known + TILE - 1) / TILE;
 const int head = blockIdx.x / tiles, first = blockIdx.x % tiles * TILE;
 const size_t row = (size_t)3 * heads * WIDTH;
 const T* batch = qkv + (size_t)blockIdx.y * frames * row + head * WIDTH;
@@ -92,8 +94,8 @@ for (int k = 0; k < 2; k++) {
     sum[k] = 0;
 }
 
-for (int tile = 0; tile < tiles; tile++) {
-    if (tile + 1 < tiles) {
+for (int tile = 0; tile < key_tiles; tile++) {
+    if (tile + 1 < key_tiles) {
         load_keys(tile + 1);
         wait<1>();
     } else {
@@ -121,7 +123,7 @@ for (int tile = 0; tile < tiles; tile++) {
             mma(T(), scores[2 * n + 1], q[k], b[2], b[3]);
         }
     }
-    const int left = frames - tile * TILE;
+    const int left = known - tile * TILE;
     if (left < TILE)
         #pragma unroll
         for (int n = 0; n < TILE / 8; n++)
@@ -184,10 +186,10 @@ for (int r = 0; r < 2; r++) {
 """
 _KERNEL = CudaKernel(
     "self_attention",
-    ("qkv",),
+    ("qkv", "own"),
     ("y",),
     _SOURCE,
-    (("frames", "int"), ("heads", "int"), ("scale", "float")),
+    (("frames", "int"), ("heads", "int"), ("limited", "int"), ("scale", "float")),
     "#define INFINITY __int_as_float(0x7f800000)\n" + conv_kernel.HEADER + HEADER,
     f"__launch_bounds__({32 * _WARPS})",
 )
@@ -198,7 +200,7 @@ def supports(width: int) -> bool:
     return width == WIDTH and conv_kernel.supports(16, 3, mx.float16)
 
 
-def self_attention(qkv: mx.array, heads: int) -> mx.array:
+def self_attention(qkv: mx.array, heads: int, own: OwnRows | None = None) -> mx.array:
     """Softmax attention of all frames among themselves, its scores scaled by 1/8.
 
     Sums and softmax are in float32; the weights are rounded for their product.
@@ -206,6 +208,7 @@ def self_attention(qkv: mx.array, heads: int) -> mx.array:
     Args:
         qkv: queries, keys and values ``[B, F, 3 * heads * 64]``, float16 or bfloat16.
         heads: of ``WIDTH`` channels.
+        own: frames behind these, of which there are some, are not attended to.
 
     Returns:
         ``[B, F, heads * 64]`` of the dtype of ``qkv``.
@@ -224,10 +227,10 @@ def self_attention(qkv: mx.array, heads: int) -> mx.array:
             f"[B, F, {3 * heads * WIDTH}] for {heads} heads"
         )
     (y,) = _KERNEL(
-        [qkv],
+        [qkv, mx.zeros((1,), mx.int32) if own is None else own.count],
         [((B, F, heads * WIDTH), qkv.dtype)],
         Grid(-(-F // _TILE) * heads, 32 * _WARPS, B, _MEMORY),
-        scalars=[F, heads, WIDTH**-0.5 * _LOG2_E],
+        scalars=[F, heads, own is not None, WIDTH**-0.5 * _LOG2_E],
         constants={"T": qkv.dtype, **_SIZES},
     )
     return y

@@ -75,14 +75,23 @@ class Replayed:
     Args:
         function: pure, of arrays to an array.
         kept: graphs; and shapes that were met once.
+        at_once: keep a shape's graph from its first call on, but for the very first call
+            on each stream: a thread may end after that.
 
     Raises:
         RuntimeError: this MLX cannot trace without fusing.
     """
 
-    def __init__(self, function: Callable[..., mx.array], kept: int = 32):
+    def __init__(
+        self,
+        function: Callable[..., mx.array],
+        kept: int = 32,
+        at_once: bool = False,
+    ):
         _switch()
         self._function, self._kept = function, kept
+        self._at_once = at_once
+        self._streams: set[str] = set()
         self._graphs: OrderedDict[Any, Function | None] = OrderedDict()
         self._lock = Lock()
 
@@ -91,7 +100,8 @@ class Replayed:
         stream = str(mx.default_stream(mx.default_device()))
         key = (stream, *((array.shape, array.dtype) for array in arrays))
         with self._lock:
-            known = key in self._graphs
+            again = self._at_once and stream in self._streams
+            known = again or key in self._graphs
             graph = self._graphs.get(key)
         if not known:
             result = self._function(*arrays)
@@ -103,6 +113,7 @@ class Replayed:
         else:
             result = graph(*arrays)
         with self._lock:
+            self._streams.add(stream)
             self._graphs[key] = graph
             self._graphs.move_to_end(key)
             while len(self._graphs) > self._kept:

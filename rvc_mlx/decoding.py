@@ -68,7 +68,8 @@ class Plan:
 
     def __init__(self, voice: Voice, segments: Sequence[tuple[Segment, Noise]]):
         self._voice, self._segments = voice, segments
-        self.cuts = [list(_cuts(voice, segment, voice.window_frames)) for segment, _ in segments]
+        frames = voice.plan_window if len(segments) == 1 else voice.window_frames
+        self.cuts = [list(_cuts(voice, segment, frames)) for segment, _ in segments]
         self._drawn: dict[tuple[Any, ...], Array] = {}
 
     def draw(self) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -44,6 +44,7 @@ from rvc_mlx.noise import DeviceNoise, Noise
 from rvc_mlx.retrieval import Blend, blending
 from rvc_mlx.spectral import LogMel, log_mel
 from rvc_mlx.spool import Spool
+from rvc_mlx.steady import Rows, Steady
 
 log = logging.getLogger("rvc_mlx")
 
@@ -99,6 +100,20 @@ class Seam:
     exact: bool = False
 
 
+class WindowSizes(NamedTuple):
+    """Frames that a vocoder decodes at once, without their context.
+
+    Attributes:
+        most: frames.
+        step: they are a multiple of it, up to that.
+        few: whether a recording alone has few lengths of them.
+    """
+
+    most: int
+    step: int
+    few: bool = False
+
+
 class MLXEngine:
     """Runs seams with MLX on a GPU, or on MLX's own CPU back end (slow on Linux).
 
@@ -147,15 +162,15 @@ class MLXEngine:
         """The seam on this device; weights are loaded at its first run."""
         return _MLXRun(self, seam)
 
-    def windows(self, vocoder: nn.Module) -> tuple[int, int]:
-        """Most frames that a vocoder decodes at once, and what its windows are a multiple of.
+    def windows(self, vocoder: nn.Module) -> WindowSizes:
+        """The windows of a vocoder.
 
         Where no convolution is left to a library, no length is planned, and memory is
         ample: a segment is one window then.
         """
         if self._quickens and product_convs.serves(vocoder):
-            return 4608, 64
-        return self.window_frames, self.window_step
+            return WindowSizes(4608, 64, few=True)
+        return WindowSizes(self.window_frames, self.window_step)
 
     def noise(self, seed: int) -> Noise:
         """Random numbers where they will be used."""
@@ -199,7 +214,7 @@ class MLXEngine:
         """The step as this device does it best."""
         if self._device == mx.Device(mx.cpu):
             return step  # MLX's CPU back end would call a C compiler for each fusion
-        network = getattr(step, "func", getattr(step, "__self__", step))
+        network = _network_of(step)
         if isinstance(network, RMVPE) and mx.cuda.is_available():
             fused_unet.quicken(network, self._fast_products)
         if self._quickens:
@@ -230,11 +245,32 @@ class MLXEngine:
             return network
         if any(isinstance(step, GRU) for step in steps):
             return network
+        rows = _rows_of(steps[0])
         try:
-            return Replayed(network)
+            if rows:
+                return Steady(network, rows)
+            # Windows of a vocoder have few lengths, see ``Voice.plan_window``.
+            few = self.windows(_network_of(steps[0])).few
+            return Replayed(network, at_once=few)
         except RuntimeError as error:
             log.info("graphs are built anew at each call: %s", error)
             return network
+
+
+def _network_of(step: Step) -> Any:
+    return getattr(step, "func", getattr(step, "__self__", step))
+
+
+def _rows_of(step: Step) -> Rows | None:
+    """How a network whose first prepared step this is takes longer inputs, if it does."""
+    network = _network_of(step)
+    if isinstance(network, ContentVec):
+        return fused_encoder.rows_of_features(network)
+    if isinstance(network, RMVPE):
+        return fused_unet.rows_of_salience(network)
+    if getattr(step, "__func__", None) is Synthesizer.prior:
+        return fused_prior.rows_of_prior(network)
+    return None
 
 
 class _MLXRun:
@@ -316,9 +352,9 @@ class OpenVINOEngine:
         read = self._readers.submit(self._read_back, path, self._options(seam))
         return _OpenVINORun(lambda: read.result() or self._compile(seam, path))
 
-    def windows(self, _: nn.Module) -> tuple[int, int]:
-        """Frames of every window of a vocoder, twice."""
-        return self.window_frames, self.window_step
+    def windows(self, _: nn.Module) -> WindowSizes:
+        """The windows of a vocoder."""
+        return WindowSizes(self.window_frames, self.window_step)
 
     def noise(self, seed: int) -> Noise:
         """Random numbers where they will be used."""

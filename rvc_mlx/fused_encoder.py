@@ -17,6 +17,8 @@ not there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -25,7 +27,13 @@ from rvc_mlx import attention_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.elementwise import gelu
 from rvc_mlx.fused_norm import added_norm
-from rvc_mlx.models.contentvec import ContentVec
+from rvc_mlx.models.contentvec import (
+    FIRST_STRIDE,
+    HOP_LENGTH,
+    RECEPTIVE_FIELD,
+    ContentVec,
+)
+from rvc_mlx.steady import Rows, own_rows, within
 from rvc_mlx.windows import windows
 
 _COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
@@ -37,6 +45,27 @@ def quicken(encoder: ContentVec) -> None:
     """Let a loaded encoder compute this way from now on."""
     encoder.feature_extractor = ProductExtractor(encoder.feature_extractor)
     encoder.encoder = SteadyEncoder(encoder.encoder)
+
+
+def rows_of_features(encoder: ContentVec) -> Rows | None:
+    """How ``ContentVec`` takes longer inputs; None if it computes in another way."""
+    layers = encoder.encoder
+    if not (isinstance(layers, SteadyEncoder) and layers.any_length):
+        return None
+    if encoder.config.centred:  # a mean over all frames
+        return None
+
+    def own(audio: mx.array) -> tuple[int, ...]:
+        samples = audio.shape[1]
+        frames = (samples - RECEPTIVE_FIELD) // HOP_LENGTH + 1
+        return frames, samples // FIRST_STRIDE - 1  # and of the first convolution
+
+    def lengthened(arrays: Sequence[mx.array], rows: int) -> list[mx.array]:
+        (audio,) = arrays
+        # As long as any audio of so many frames.
+        return [zeros_behind(audio, rows * HOP_LENGTH + RECEPTIVE_FIELD - FIRST_STRIDE)]
+
+    return Rows(own, lengthened)
 
 
 class ShortAttention(nn.Module):
@@ -65,7 +94,7 @@ class ShortAttention(nn.Module):
         """
         qkv = mx.addmm(self.bias, x, self.weight.T).astype(_factors(x.dtype))
         if mask is None:
-            y = attention_kernel.self_attention(qkv, self._num_heads)
+            y = attention_kernel.self_attention(qkv, self._num_heads, own_rows())
             return self.out_proj(y.astype(x.dtype))
         qkv = mx.unflatten(qkv, -1, (3, self._num_heads, -1))
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, F, C / heads]
@@ -96,6 +125,9 @@ class SteadyEncoder(nn.Module):
     """``Encoder``, behind the embedding with frames up to a steady length.
 
     Attention of our own takes any length, so there they are as many as they were.
+
+    Attributes:
+        any_length: whether that is so.
     """
 
     def __init__(self, encoder: nn.Module):
@@ -106,12 +138,14 @@ class SteadyEncoder(nn.Module):
             layer.attention = ShortAttention(layer.attention)
             layer.feed_forward = ShortFeedForward(layer.feed_forward)
         widths = [layer.attention.width for layer in self.layers]
-        self._any_length = all(map(attention_kernel.supports, widths))
+        self.any_length = all(map(attention_kernel.supports, widths))
 
     def __call__(self, x: mx.array, num_layers: int) -> mx.array:
         """See ``Encoder``."""
+        own = own_rows()
+        x = x if own is None else within(x, own.count)
         x = _ended(x, self.pos_conv_embed(x), self.layer_norm)
-        if self._any_length:
+        if self.any_length:
             return self._through(x, None, num_layers)
         frames = x.shape[1]
         x = zeros_behind(x, steady_length(frames, 8, _LARGEST_STEP))
@@ -179,10 +213,8 @@ def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.
         raise ValueError(f"{L} samples, {taps} taps and stride {stride} do not fit")
     blocks = audio.reshape(B, L // stride, stride)
     seen = mx.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=-1)  # [B, n, taps]
-    exact = seen.astype(mx.float32)
-    mean = exact.mean(axis=1)  # [B, taps]
-    centred = exact - mean[:, None]
-    covariance = centred.swapaxes(1, 2) @ centred / seen.shape[1]
+    exact, own = seen.astype(mx.float32), own_rows()
+    mean, covariance = _moments(exact, None if own is None else own.count[1:])
     weight = conv.weight[..., 0].astype(mx.float32)  # [C, taps]
     variance = ((weight @ covariance) * weight).sum(axis=-1)  # [B, C]
     scale = norm.weight * mx.rsqrt(variance + norm._eps)
@@ -193,6 +225,23 @@ def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.
     zeros = mx.zeros((B, seen.shape[1], _COLUMNS - taps - 1), seen.dtype)
     seen = mx.concatenate([seen, ones, zeros], axis=-1)
     return seen @ mx.concatenate(rows, axis=1).astype(seen.dtype)
+
+
+def _moments(x: mx.array, count: mx.array | None) -> tuple[mx.array, mx.array]:
+    """Mean ``[B, C]`` and covariance ``[B, C, C]`` of the rows of ``[B, T, C]``.
+
+    Args:
+        x: float32.
+        count: of the rows that count, int32 ``[1]``; None for all.
+    """
+    if count is None:
+        mean, rows = x.mean(axis=1), mx.array(x.shape[1])
+        centred = x - mean[:, None]
+    else:
+        rows = count[0]
+        mean = within(x, count).sum(axis=1) / rows
+        centred = within(x - mean[:, None], count)
+    return mean, centred.swapaxes(1, 2) @ centred / rows
 
 
 class WindowedEmbedding(nn.Module):

@@ -8,7 +8,8 @@ They are short, so what they cost is mostly that each operation has to be launch
   library needs no plan for a new length, which a convolution's does.
 * Flips of the flow's channels go into the weights of the couplings between them.
 
-It serves whole sequences only, as a conversion has them: there is no mask.
+It serves whole sequences only, as a conversion has them: there is no mask, but what is behind
+a sequence's own rows (``steady``) is not seen.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from rvc_mlx.arrays import zeros_behind
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.elementwise import EACH_PACK, PACK, pack_grid
 from rvc_mlx.fused_norm import added_norm
@@ -29,6 +31,7 @@ from rvc_mlx.models.vits import (
     ResidualCouplingFlow,
     ResidualCouplingLayer,
 )
+from rvc_mlx.steady import OwnRows, Rows, own_rows
 from rvc_mlx.windows import windows
 
 _THREADS = 256  # that make a row of scores
@@ -65,18 +68,18 @@ if (t >= 0 && t < L) {
 )
 _SOFTMAX = CudaKernel(
     "relative_softmax",
-    ("scores", "offsets"),
+    ("scores", "offsets", "own"),
     ("weights", "nearby"),
     r"""
 extern __shared__ float row[];
 __shared__ float partial[THREADS / 32];
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-const int N = L + 2 * WINDOW, near = blockIdx.x % L;
+const int N = L + 2 * WINDOW, near = blockIdx.x % L, last = limited ? own[0] : L;
 const size_t first = (size_t)blockIdx.x * N;
 const size_t first_offset = (size_t)blockIdx.x * (2 * WINDOW + 1);
 const auto score = [&](int n) {
     float found = float(scores[first + n]);
-    if (n < WINDOW || n >= L + WINDOW) found -= 1e4f;
+    if (n < WINDOW || n >= last + WINDOW) found -= 1e4f;
     const int offset = n - near;
     if (offset >= 0 && offset <= 2 * WINDOW)
         found += float(offsets[first_offset + offset]);
@@ -118,7 +121,7 @@ for (int n = threadIdx.x; n < N; n += THREADS) {
     if (offset >= 0 && offset <= 2 * WINDOW) nearby[first_offset + offset] = weight;
 }
 """,
-    (("L", "int"),),
+    (("L", "int"), ("limited", "int")),
 )
 # A thread takes as many channels of both halves.
 GATE = CudaKernel(
@@ -168,6 +171,21 @@ def quicken(network: Synthesizer) -> None:
         network.flow = InvertedFlow(flow)
 
 
+def rows_of_prior(network: Synthesizer) -> Rows | None:
+    """How ``Synthesizer.prior`` takes longer inputs; None if it computes in another way."""
+    if not isinstance(network.enc_p.encoder, FusedEncoder):
+        return None
+    if not isinstance(network.flow, InvertedFlow):
+        return None
+
+    def lengthened(arrays: Sequence[mx.array], rows: int) -> list[mx.array]:
+        features, noise, speaker, *pitch = arrays
+        longer = [zeros_behind(a, rows) for a in (features, noise, *pitch)]
+        return [*longer[:2], speaker, *longer[2:]]
+
+    return Rows(lambda features, *_: (features.shape[1],), lengthened)
+
+
 def _attends(encoder: Encoder) -> bool:
     layers = encoder.attn_layers
     if not all(isinstance(layer, RelativeAttention) for layer in layers):
@@ -197,22 +215,25 @@ def split_heads(qkv: mx.array, heads: int) -> list[mx.array]:
     )
 
 
-def relative_softmax(scores: mx.array, offsets: mx.array) -> list[mx.array]:
+def relative_softmax(
+    scores: mx.array, offsets: mx.array, own: OwnRows | None = None
+) -> list[mx.array]:
     """Weights of all keys, and of those near each query once more.
 
     Args:
         scores: ``[B, H, T, T + 2 w]``; the first and last ``w`` keys are padding.
         offsets: ``[B, H, T, 2 w + 1]``, added to the scores of keys -w to w away.
+        own: keys behind these are padding, too.
     """
     T, keys = scores.shape[-2:]
     kept = 4 * keys <= _LONGEST_ROW
     memory = -(-4 * keys // _ROW_STEP) * _ROW_STEP if kept else 0
     sizes = {"WINDOW": RELATIVE_WINDOW, "THREADS": _THREADS, "KEPT": kept}
     return _SOFTMAX(
-        [scores, offsets],
+        [scores, offsets, mx.zeros((1,), mx.int32) if own is None else own.count],
         [(scores.shape, scores.dtype), (offsets.shape, scores.dtype)],
         Grid(scores.size // keys, _THREADS, shared_memory=memory),
-        scalars=[T],
+        scalars=[T, own is not None],
         constants={"T": scores.dtype, **sizes},
     )
 
@@ -264,7 +285,7 @@ class FusedAttention(nn.Module):
         qkv = mx.addmm(self.bias, x, self.weight.T)
         q, k, v = split_heads(qkv, self._num_heads)
         scores, offsets = q @ k.swapaxes(-1, -2), q @ self.emb_rel_k.T
-        weights, nearby = relative_softmax(scores, offsets)
+        weights, nearby = relative_softmax(scores, offsets, own_rows())
         y = mx.addmm(weights @ v, nearby, self.emb_rel_v)
         y = y.swapaxes(1, 2).reshape(B, T, C)
         return mx.addmm(self.out_bias, y, self.out_weight.T)
@@ -283,7 +304,8 @@ class FusedFFN(nn.Module):
         """``[B, T, C]`` to ``[B, T, C]``."""
         _refuse(mask)
         for (weight, bias), slope in ((self.first, 1.0), (self.second, 0.0)):
-            x = mx.addmm(bias, windows(x, self._taps, slope=slope), weight.T)
+            seen = windows(x, self._taps, own=own_rows(), slope=slope)
+            x = mx.addmm(bias, seen, weight.T)
         return x
 
 
@@ -364,7 +386,7 @@ class _Shift(nn.Module):
         for weight, condition, res_skip in zip(
             self.in_weights, conditions, self.res_skip, strict=True
         ):
-            seen = windows(x, self._taps)
+            seen = windows(x, self._taps, own=own_rows())
             if len(g) == 1:  # as a bias, it costs no launch
                 inner = mx.addmm(condition.flatten(), seen, weight.T)
             else:

@@ -12,7 +12,8 @@ Images come in few lengths, because cuDNN plans each convolution anew for each. 
 behind an image's own rows stays zero from layer to layer, as what a convolution pads with.
 
 On Hopper, where products may be short of float32, a block is two launches of ``image_conv``
-or three. Then nothing is left to cuDNN, and images are as long as they are.
+or three. Then nothing is left to cuDNN, and images are as long as they are, or as ``steady``
+makes them: then a convolution reads zeros behind their own rows.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rvc_mlx.models.rmvpe import (
     ResDecoderBlock,
     ResEncoderBlock,
 )
+from rvc_mlx.steady import Rows, own_rows, within
 
 _SEEN = 16  # channels of which nine are the places around one
 _LARGEST_STEP = 256  # rows between lengths: a long recording's chunks waste 1 %
@@ -143,6 +145,16 @@ def _serves_images(network: RMVPE) -> bool:
     sizes = network.config
     narrowest = sizes.n_mels >> sizes.levels
     return _folded(norms) and sizes.base_channels % 16 == 0 and narrowest in (4, 8, 16)
+
+
+def rows_of_salience(network: RMVPE) -> Rows | None:
+    """How RMVPE takes longer inputs, its recurrent layer on clusters."""
+    if not isinstance(network.cnn, ImageLayer):
+        return None
+    return Rows(
+        lambda mel: (mel.shape[1],),
+        lambda arrays, rows: [zeros_behind(arrays[0], rows)],
+    )
 
 
 def _quicken_images(network: RMVPE) -> None:
@@ -289,14 +301,18 @@ class ImageLayer(nn.Module):
     def __call__(self, x: mx.array, shortcut: mx.array | None = None) -> mx.array:
         """``[B, T, M, C_in]`` to ``[B, T, M, C_out]``, the shortcut added."""
         y = image_conv(
-            x, self._weight, self._bias, shortcut=shortcut, rectify=self._rectify
+            *(x, self._weight, self._bias),
+            shortcut=shortcut,
+            rectify=self._rectify,
+            own=own_rows(),
         )
         return y[..., : self._outputs] if self._outputs % 8 else y
 
 
 def nine_places(x: mx.array) -> mx.array:
     """``[B, T, M, 1]`` to what lies around each place, and zeros, ``[B, T, M, 16]``."""
-    B, T, M, _ = x.shape
+    (B, T, M, _), own = x.shape, own_rows()
+    x = x if own is None else within(x, own.count)
     wide = mx.pad(x[..., 0], [(0, 0), (1, 1), (1, 1)])
     pitch = M + 2
     seen = mx.as_strided(
@@ -347,7 +363,8 @@ class ImageUp(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, T, M, C_in]`` to ``[B, 2 T, 2 M, C_out]``."""
         B, T, M, _ = x.shape
-        y = image_conv(x, self._weight, self._bias).reshape(B, T, M, 2, 2, -1)
+        y = image_conv(x, self._weight, self._bias, own=own_rows())
+        y = y.reshape(B, T, M, 2, 2, -1)
         return y.transpose(0, 1, 3, 2, 4, 5).reshape(B, 2 * T, 2 * M, -1)
 
 

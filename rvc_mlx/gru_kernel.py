@@ -40,6 +40,7 @@ import numpy as np
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.models.rmvpe import GRU
+from rvc_mlx.steady import own_rows
 
 log = logging.getLogger("rvc_mlx")
 
@@ -190,6 +191,7 @@ const int part = blockIdx.x % 8;
 const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 const int first_unit = part * 32 + warp * 4, unit = first_unit + lane / 8;
 const size_t start = (size_t)sequence * T;
+const int steps = limited ? told[0] : T;  // what is behind is not computed
 
 // States of the step before, of even and odd steps, and who tells that they are here.
 __shared__ __align__(16) float kept[2][256];
@@ -220,8 +222,8 @@ for (int gate = 0; gate < 3; gate++)
 const unsigned target = address_in(address(&kept[0][unit]), lane % 8);
 const unsigned target_barriers = address_in(barriers, lane % 8);
 auto fetch = [&](int step, float (&input)[3]) {
-    const size_t t = start + (direction ? T - 1 - step : step);
-    if (step < T)
+    const size_t t = start + (direction ? steps - 1 - step : step);
+    if (step < steps)
         for (int gate = 0; gate < 3; gate++)
             input[gate] = projected[(t * 2 + direction) * 768 + gate * 256 + unit];
 };
@@ -229,11 +231,11 @@ auto fetch = [&](int step, float (&input)[3]) {
 for (int i = 0; i < 4; i++) fetch(i, ahead[i]);
 synchronise();
 
-for (int first = 0; first < T; first += 4) {
+for (int first = 0; first < steps; first += 4) {
     #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int step = first + i;
-        if (step >= T) break;
+        if (step >= steps) break;
         float own[3] = {0.f, 0.f, 0.f};
         if (step > 0) {
             const int from = (i + 1) % 2;  // step - 1
@@ -272,10 +274,10 @@ for (int first = 0; first < T; first += 4) {
         const float z = 1.f / (1.f + expf(-(ahead[i][1] + own[1] + bias[1])));
         const float n = 1.f - 2.f / (1.f + expf(2.f * (ahead[i][2] + r * (own[2] + bias[2]))));
         state = (1.f - z) * n + z * state;
-        if (step + 1 < T) send(target + i % 2 * sizeof(kept[0]), state, target_barriers + i % 2 * 8);
+        if (step + 1 < steps) send(target + i % 2 * sizeof(kept[0]), state, target_barriers + i % 2 * 8);
         fetch(step + 4, ahead[i]);
         if (lane % 8 == 0)
-            states[((start + (direction ? T - 1 - step : step)) * 2 + direction) * 256 + unit] = state;
+            states[((start + (direction ? steps - 1 - step : step)) * 2 + direction) * 256 + unit] = state;
     }
 }
 synchronise();  // no block may end while others write into it
@@ -319,10 +321,10 @@ for (uint step = 0; step < T; step++) {
 
 _CLUSTER_KERNEL = CudaKernel(
     "gru",
-    ("projected", "recurrent", "biases"),
+    ("projected", "recurrent", "biases", "told"),
     ("states",),
     _CLUSTER_SOURCE,
-    (("T", "int"),),
+    (("T", "int"), ("limited", "int")),
     _CLUSTER_HEADER,
     f"__cluster_dims__(8, 1, 1) __launch_bounds__({_THREADS}, 1)",
 )
@@ -355,12 +357,13 @@ def cuda_gru(gru: GRU) -> Step:
 
     def scan(projected: mx.array, before: mx.array) -> mx.array:
         B, T, _ = projected.shape
-        inputs = [projected, recurrent, biases]
+        inputs, own = [projected, recurrent, biases], own_rows()
+        told = mx.zeros((1,), mx.int32) if own is None else own.count
         (states,) = (_CLUSTER_KERNEL if clusters else _POLLING_KERNEL)(
-            inputs if clusters else [*inputs, before],
+            [*inputs, told if clusters else before],
             [((B, T, 2 * HIDDEN_SIZE), mx.float32)],
             Grid(B * _BLOCKS_PER_SEQUENCE, _THREADS),
-            scalars=[T],
+            scalars=[T, own is not None] if clusters else [T],
             init_value=None if clusters else float("nan"),
         )
         return states

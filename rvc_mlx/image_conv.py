@@ -25,10 +25,14 @@ import mlx.core as mx
 from rvc_mlx import conv_kernel
 from rvc_mlx.conv_kernel import DTYPES, Tile, in_order
 from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
+from rvc_mlx.steady import OwnRows
 
 _CHUNK = 64  # input channels held in shared memory at a time
 _PROCESSORS = 132  # that should have two blocks each
 _SMALL_TILE = Tile(2, 2, 2, 2, stages=6)  # 64 places, 32 channels
+_WHOLE_WEIGHTS = (
+    24 * 1024
+)  # bytes; of more, other blocks of a multiprocessor hide barriers
 
 _SOURCE = r"""
 using namespace fused_conv;
@@ -49,24 +53,26 @@ const int first_column = blockIdx.x % columns * N;
 const int left = blockIdx.x / columns % tiles * ACROSS;
 const int top = blockIdx.x / columns / tiles * DOWN;
 const size_t batch_row = (size_t)blockIdx.y * height;
+const int known = apart ? told[0] / apart : height;  // rows that are seen
 const unsigned x_shared = shared_address(shared);
 const unsigned w_shared = x_shared + (DOWN + SIDE - 1) * ROW;
 
-// A stage of the ring holds one tap's weights of one chunk, [N, CHUNK]. Past the last an
-// empty group keeps the count right.
+// A stage of the ring holds one tap's weights of one chunk, [N, CHUNK]; or, if WHOLE, those
+// of all taps of the only chunk. Past the last an empty group keeps the count right.
+constexpr int TOGETHER = WHOLE ? TAPS : 1, STAGE = TOGETHER * N * W_STRIDE;
 int next_chunk = 0, next_tap = 0, next_stage = 0;
 auto fetch = [&]() {
     if (next_chunk < inputs) {
-        const P* source = weight + (size_t)(next_tap * padded + first_column) * inputs +
-                          next_chunk;
-        const unsigned target = w_shared + next_stage * (N * W_STRIDE);
+        const unsigned target = w_shared + next_stage * STAGE;
         #pragma unroll
-        for (int i = thread; i < N * W_PIECES; i += THREADS) {
-            const int row = i / W_PIECES, piece = i % W_PIECES;
-            copy_async(target + row * W_STRIDE + piece * 16,
-                       source + (size_t)row * inputs + piece * (16 / BYTES));
+        for (int i = thread; i < TOGETHER * N * W_PIECES; i += THREADS) {
+            const int tap = i / (N * W_PIECES), row = i / W_PIECES % N, piece = i % W_PIECES;
+            const P* source = weight + next_chunk + piece * (16 / BYTES) +
+                ((size_t)(next_tap + tap) * padded + first_column + row) * inputs;
+            copy_async(target + (tap * N + row) * W_STRIDE + piece * 16, source);
         }
-        if (++next_tap == TAPS) {
+        next_tap += TOGETHER;
+        if (next_tap == TAPS) {
             next_tap = 0;
             next_chunk += CHUNK;
         }
@@ -84,7 +90,7 @@ auto load_chunk = [&](int chunk) {
             const int i = start + u * THREADS, place = i / X_PIECES;
             const int t = top - BEFORE + place / PITCH, m = left - BEFORE + place % PITCH;
             v[u] = make_uint4(0, 0, 0, 0);
-            if (place < PLACES && t >= 0 && t < height && m >= 0 && m < width)
+            if (place < PLACES && t >= 0 && t < known && m >= 0 && m < width)
                 v[u] = load(x + ((batch_row + t) * width + m) * inputs + chunk +
                             i % X_PIECES * (16 / (int)sizeof(T)));
         }
@@ -111,34 +117,46 @@ for (int m = 0; m < MT; m++)
         #pragma unroll
         for (int e = 0; e < 4; e++) sum[m][n][e] = 0.f;
 
-#pragma unroll
-for (int i = 0; i < STAGES - 1; i++) fetch();
-int stage = 0;
-#pragma unroll 1
-for (int chunk = 0; chunk < inputs; chunk += CHUNK) {
-    if (chunk > 0) __syncthreads();
-    load_chunk(chunk);
-    #pragma unroll 1
-    for (int tap = 0; tap < TAPS; tap++) {
-        wait<STAGES - 2>();
-        __syncthreads();
-        fetch();
-        const unsigned a = a_lane + tap / SIDE * ROW + tap % SIDE * X_STRIDE;
-        const unsigned b = b_lane + stage * (N * W_STRIDE);
-        if (++stage == STAGES) stage = 0;
+const auto multiply = [&](unsigned a, unsigned b) {
+    #pragma unroll
+    for (int k = 0; k < CHUNK * BYTES; k += 32) {
+        unsigned A[MT][4], B[NT / 2][4];
         #pragma unroll
-        for (int k = 0; k < CHUNK * BYTES; k += 32) {
-            unsigned A[MT][4], B[NT / 2][4];
+        for (int m = 0; m < MT; m++) ldmatrix(A[m], a + m * (16 / ACROSS) * ROW + k);
+        #pragma unroll
+        for (int n = 0; n < NT / 2; n++) ldmatrix(B[n], b + n * 16 * W_STRIDE + k);
+        #pragma unroll
+        for (int m = 0; m < MT; m++)
             #pragma unroll
-            for (int m = 0; m < MT; m++)
-                ldmatrix(A[m], a + m * (16 / ACROSS) * ROW + k);
-            #pragma unroll
-            for (int n = 0; n < NT / 2; n++) ldmatrix(B[n], b + n * 16 * W_STRIDE + k);
-            #pragma unroll
-            for (int m = 0; m < MT; m++)
-                #pragma unroll
-                for (int n = 0; n < NT; n++)
-                    mma(P(), sum[m][n], A[m], B[n / 2][n % 2 * 2], B[n / 2][n % 2 * 2 + 1]);
+            for (int n = 0; n < NT; n++)
+                mma(P(), sum[m][n], A[m], B[n / 2][n % 2 * 2], B[n / 2][n % 2 * 2 + 1]);
+    }
+};
+if constexpr (WHOLE) {
+    fetch();
+    load_chunk(0);
+    wait<0>();
+    __syncthreads();
+    #pragma unroll
+    for (int tap = 0; tap < TAPS; tap++)
+        multiply(a_lane + tap / SIDE * ROW + tap % SIDE * X_STRIDE,
+                 b_lane + tap * (N * W_STRIDE));
+} else {
+    #pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) fetch();
+    int stage = 0;
+    #pragma unroll 1
+    for (int chunk = 0; chunk < inputs; chunk += CHUNK) {
+        if (chunk > 0) __syncthreads();
+        load_chunk(chunk);
+        #pragma unroll 1
+        for (int tap = 0; tap < TAPS; tap++) {
+            wait<STAGES - 2>();
+            __syncthreads();
+            fetch();
+            multiply(a_lane + tap / SIDE * ROW + tap % SIDE * X_STRIDE,
+                     b_lane + stage * STAGE);
+            if (++stage == STAGES) stage = 0;
         }
     }
 }
@@ -175,12 +193,13 @@ for (int q = 0; q < NT / GROUP; q++) {
 
 _KERNEL = CudaKernel(
     "image_conv",
-    ("x", "weight", "bias", "shortcut"),
+    ("x", "weight", "bias", "shortcut", "told"),
     ("y",),
     _SOURCE,
     (
         *(("height", "int"), ("width", "int"), ("inputs", "int"), ("outputs", "int")),
         *(("padded", "int"), ("has_shortcut", "int"), ("rectify", "int")),
+        ("apart", "int"),
     ),
     conv_kernel.HEADER,
 )
@@ -236,6 +255,7 @@ def image_conv(
     *,
     shortcut: mx.array | None = None,
     rectify: bool = True,
+    own: OwnRows | None = None,
 ) -> mx.array:
     """``relu(conv2d(x) + bias) + shortcut``, as large as ``x``.
 
@@ -248,6 +268,8 @@ def image_conv(
         bias: ``[C_out]`` float32.
         shortcut: ``[B, T, M, C_out]`` as ``x``, or None.
         rectify: whether there is a rectifier.
+        own: what is behind these counts as zeros, too; of ``x`` they may be fewer by a
+            whole factor than of the network's inputs.
 
     Returns:
         ``[B, T, M, C_out]`` of the dtype of ``x``.
@@ -266,10 +288,16 @@ def image_conv(
     down = tile.positions // across
     blocks = (padded // tile.columns) * (M // across) * -(-T // down)
     (y,) = _KERNEL(
-        [x, array, bias, x if shortcut is None else shortcut],
+        [
+            *(x, array, bias, x if shortcut is None else shortcut),
+            mx.zeros((1,), mx.int32) if own is None else own.count,
+        ],
         [(shape, dtype)],
         Grid(blocks, tile.threads, B, _memory(tile, across, side, inputs)),
-        scalars=[T, M, inputs, outputs, padded, shortcut is not None, rectify],
+        scalars=[
+            *(T, M, inputs, outputs, padded, shortcut is not None, rectify),
+            0 if own is None else own.of // T,
+        ],
         constants=_constants(dtype, array.dtype, sizes, side, tile, across),
     )
     return y
@@ -278,15 +306,18 @@ def image_conv(
 def choose_tile(places: int, padded: int) -> Tile:
     """How blocks divide the work; ``chunk``, ``depth`` of it are not used."""
     columns = min(padded, 64)
-    large = _large_tile(columns)
-    blocks = -(-places // large.positions) * (padded // columns)
-    return large if blocks >= 2 * _PROCESSORS or columns < 32 else _SMALL_TILE
+    for large in _large_tiles(columns):
+        blocks = -(-places // large.positions) * (padded // columns)
+        if blocks >= 2 * _PROCESSORS:
+            return large
+    return large if columns < 32 else _SMALL_TILE
 
 
 @cache
-def _large_tile(columns: int) -> Tile:
-    """128 places."""
-    return Tile(4, 1, 2, columns // 8, stages=3)
+def _large_tiles(columns: int) -> list[Tile]:
+    """256 places where channels are few and their weights come at once, and 128."""
+    each = [4, 2] if columns <= 32 else [2]
+    return [Tile(4, 1, n, columns // 8, stages=3) for n in each]
 
 
 def _group(padded: int, dtype: mx.Dtype) -> int:
@@ -298,13 +329,21 @@ def _chunk(inputs: int) -> int:
     return max(n for n in (16, 32, _CHUNK) if inputs % n == 0)
 
 
+def _whole(tile: Tile, side: int, inputs: int) -> bool:
+    """Whether all weights of a block's outputs lie in shared memory: no barrier a tap."""
+    chunk = _chunk(inputs)
+    weights = side * side * tile.columns * (2 * chunk + 16)
+    return inputs == chunk and weights <= _WHOLE_WEIGHTS
+
+
 @cache
 def _memory(tile: Tile, across: int, side: int, inputs: int) -> int:
     """Bytes of shared memory that a block asks for."""
     halo, stride = side - 1, 2 * _chunk(inputs) + 16
     row = (across + halo) * stride + _skew(across)
     rows = tile.positions // across + halo
-    return rows * row + tile.stages * tile.columns * stride
+    taps = side * side if _whole(tile, side, inputs) else tile.stages
+    return rows * row + taps * tile.columns * stride
 
 
 def _skew(across: int) -> int:
@@ -346,6 +385,7 @@ def _constants(
         "ACROSS": across,
         "SKEW": _skew(across),
         "SIDE": side,
+        "WHOLE": _whole(tile, side, inputs),
     }
     return MappingProxyType(constants)
 

@@ -36,6 +36,7 @@ from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
 from rvc_mlx.pitch import PitchSettings
 from rvc_mlx.spectral import HOP_LENGTH, log_mel
+from rvc_mlx.steady import few_lengths
 
 Engine = MLXEngine | OpenVINOEngine
 Network = TypeVar("Network", bound=nn.Module)
@@ -46,6 +47,7 @@ Shape = tuple[tuple[int, ...], mx.Dtype]
 _AUDIO_LENGTHS = (320 * 50 + 80, 320 * 51 + 80, 320 * 53 + 80)
 _FRAME_LENGTHS = (50, 51, 70)
 _MEL_LENGTHS = (64, 96, 160)
+_WINDOWS_AN_OCTAVE = 8  # lengths; a vocoder's frames cost more than other networks'
 
 
 def kind_of(tensors: Mapping[str, np.ndarray]) -> str:
@@ -307,6 +309,7 @@ class Voice:
         config: its sizes.
         window: most frames of latent that the vocoder takes at once.
         window_step: windows are a multiple of it.
+        few_windows: whether a recording alone has windows of few lengths.
         batch_frames: most frames of several windows that it takes together.
         context: of the window, frames on each side that only serve as context.
         source_context: frames of source beyond the window on each side.
@@ -336,7 +339,7 @@ class Voice:
         self.noise_shapes: list[tuple[int, int]] = (
             vocoder.noise_shapes() if isinstance(vocoder, RefineGANGenerator) else []
         )
-        most, step = engine.windows(vocoder)
+        most, step, self.few_windows = engine.windows(vocoder)
         # A RefineGAN takes noise of every channel at every sample.
         most = min(most, 1024) if self.noise_shapes else most
         self.window_step = min(step, most)
@@ -359,6 +362,14 @@ class Voice:
         most = self.window - 2 * self.context
         core = min(most, -(-frames // self.window_step) * self.window_step)
         return core + 2 * self.context
+
+    def plan_window(self, frames: int) -> int:
+        """``window_frames`` for a recording alone: few, whose graphs and kernels are there."""
+        length = self.window_frames(frames)
+        if not self.few_windows:
+            return length
+        core = few_lengths(length - 2 * self.context, _WINDOWS_AN_OCTAVE)
+        return min(self.window, core + 2 * self.context)
 
     def _seam(
         self,

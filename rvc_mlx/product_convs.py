@@ -19,7 +19,10 @@ import numpy as np
 
 from rvc_mlx.conv_kernel import Output, fused_conv, pack_weight, supports
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
+from rvc_mlx.steady import few_lengths
 from rvc_mlx.windows import windows
+
+_FEW_ROWS = 1 << 16  # for more the library takes one kernel, whatever their number
 
 
 class ProductConv(nn.Module):
@@ -36,14 +39,20 @@ class ProductConv(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """``[B, L, C_in]`` to ``[B, L', C_out]``."""
         frames = (x.shape[1] + 2 * self._padding - self._taps) // self._stride + 1
-        options = {"stride": self._stride, "before": self._padding, "frames": frames}
-        seen = windows(x, self._taps, **options)
+        seen = windows(
+            *(x, self._taps),
+            stride=self._stride,
+            before=self._padding,
+            frames=_rows(len(x), frames),
+        )
         if seen.shape[-1] == 1:  # of one number each
             y = seen * self.factors[0]
-            return y + self.bias if "bias" in self else y
-        if "bias" in self:
-            return mx.addmm(self.bias, seen, self.factors)
-        return seen @ self.factors
+            y = y + self.bias if "bias" in self else y
+        elif "bias" in self:
+            y = mx.addmm(self.bias, seen, self.factors)
+        else:
+            y = seen @ self.factors
+        return y[:, :frames]
 
 
 class ProductUp(nn.Module):
@@ -75,7 +84,7 @@ class ProductUp(nn.Module):
         """``[B, L, C_in]``, leakily rectified, to ``[B, L', C_out]``."""
         B, L, _ = x.shape
         length = L * self._stride + self._missing
-        frames = -(-length // self._stride)
+        frames = _rows(B, -(-length // self._stride))
         seen = windows(x, self._seen, before=self._before, frames=frames, slope=slope)
         y = (seen @ self.factors).reshape(B, frames * self._stride, -1)
         y = y if y.shape[1] == length else y[:, :length]
@@ -100,6 +109,11 @@ class OneOutput(nn.Module):
         """``[B, L, C]`` to ``[B, L, 1]``."""
         y = fused_conv(x, self._weight, self._bias, dilation=1, slope=1.0)
         return y[..., :1]
+
+
+def _rows(batch: int, frames: int) -> int:
+    """Rows of a product for so many frames: for few of them, the library loads few kernels."""
+    return few_lengths(frames) if batch == 1 and frames <= _FEW_ROWS else frames
 
 
 def serves(vocoder: nn.Module) -> bool:

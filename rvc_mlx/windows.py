@@ -6,19 +6,21 @@ import mlx.core as mx
 
 from rvc_mlx.cuda_kernel import CudaKernel
 from rvc_mlx.elementwise import EACH_PACK, PACK, on_cuda, pack_grid
+from rvc_mlx.steady import OwnRows, within
 
 _KERNEL = CudaKernel(
     "windows",
-    ("x",),
+    ("x", "own"),
     ("y",),
     EACH_PACK
     + r"""
 const int channel = i % width, tap = i / width % taps, row = i / width / taps;
 const int from = row % frames * stride + tap - before;
+const int last = limited ? own[0] : L;
 Pack out;
 #pragma unroll
 for (int n = 0; n < PACK; n++) out.v[n] = T(0.f);
-if (from >= 0 && from < L) {
+if (from >= 0 && from < last) {
     out = ((const Pack*)x)[((size_t)(row / frames) * L + from) * width + channel];
     if (slope != 1.f) {
         #pragma unroll
@@ -32,7 +34,8 @@ if (from >= 0 && from < L) {
 """,
     (
         *(("packs", "int"), ("width", "int"), ("L", "int"), ("frames", "int")),
-        *(("taps", "int"), ("stride", "int"), ("before", "int"), ("slope", "float")),
+        *(("taps", "int"), ("stride", "int"), ("before", "int")),
+        *(("limited", "int"), ("slope", "float")),
     ),
 )
 
@@ -44,6 +47,7 @@ def windows(
     stride: int = 1,
     before: int | None = None,
     frames: int | None = None,
+    own: OwnRows | None = None,
     slope: float = 1.0,
 ) -> mx.array:
     """``[B, L, C]`` to what each frame sees, ``[B, frames, taps * C]``; zeros outside.
@@ -55,21 +59,24 @@ def windows(
         before: positions in front of ``x`` that the first frame sees; by default half of
             the taps.
         frames: by default one for each position.
+        own: positions of ``x`` behind these count as outside.
         slope: of a leaky rectifier for negative values, 0 for a plain one, 1 for none.
     """
     B, L, C = x.shape
     before = taps // 2 if before is None else before
     frames = L if frames is None else frames
-    if (stride, before, slope) == (taps, 0, 1) and frames * taps <= L:  # side by side
+    limited = own is not None
+    if not limited and (stride, before, slope) == (taps, 0, 1) and frames * taps <= L:
         return x[:, : frames * taps].reshape(B, frames, taps * C)
     packs = B * frames * taps * C // PACK
     if C % PACK or not 0 < packs < 1 << 31 or not on_cuda():
+        x = x if own is None else within(x, own.count)
         return _plain(x, taps, stride, before, frames, slope)
     (y,) = _KERNEL(
-        [x],
+        [x, mx.zeros((1,), mx.int32) if own is None else own.count],
         [((B, frames, taps * C), x.dtype)],
         pack_grid(packs),
-        scalars=[packs, C // PACK, L, frames, taps, stride, before, slope],
+        scalars=[packs, C // PACK, L, frames, taps, stride, before, limited, slope],
         constants={"T": x.dtype, "PACK": PACK},
     )
     return y

@@ -48,6 +48,22 @@ def test_a_graph_is_kept_from_the_second_call_with_a_shape(rng):
     assert counted.shapes[4:] == 2 * [((4, 3), mx.float16)]
 
 
+def test_a_graph_is_kept_at_once_if_asked(rng):
+    counted = Counted()
+    replayed = Replayed(counted, at_once=True)
+    for n in (4, 5, 5, 4, 4, 6, 6):  # but for the very first, which is built as ever
+        check(replayed, *arrays(rng, n))
+    assert [shape[0] for shape, _ in counted.shapes] == [4, 5, 4, 6]
+
+    def work():
+        with mx.stream(mx.cpu):
+            check(replayed, *arrays(rng, 7))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(work).result()
+    assert list(replayed._graphs.values())[-1] is None
+
+
 def test_the_newest_graphs_are_kept(rng):
     counted = Counted()
     replayed = Replayed(counted, kept=2)

@@ -78,15 +78,15 @@ def images():
             constants = image_conv._constants(
                 dtype, products, weight.array.shape, side, tile, across
             )
-            inputs = (dtype, products, F32, dtype)
+            inputs = (dtype, products, F32, dtype, INT)
             yield image_conv._KERNEL, inputs, (dtype,), constants
 
 
 def others():
     for dtype in (F16, BF16):
         attention = {"T": dtype, **attention_kernel._SIZES}
-        yield attention_kernel._KERNEL, (dtype,), (dtype,), attention
-    yield gru_kernel._CLUSTER_KERNEL, (F32,) * 3, (F32,), {}
+        yield attention_kernel._KERNEL, (dtype, INT), (dtype,), attention
+    yield gru_kernel._CLUSTER_KERNEL, (F32, F32, F32, INT), (F32,), {}
     yield device_high_pass._kernel(), (F32,) * 2, (F32,) * 2, {}
     yield weight_norm._FORWARD_KERNEL, (F32, INT), (F32,), {}
     yield weight_norm._BACK_KERNEL, (F32, F32, INT), (F32,), {}
@@ -107,8 +107,8 @@ def others():
         yield fused_prior._HEADS, (dtype,), 3 * (dtype,), pack | {"WINDOW": 10}
         for kept in (True, False):
             row = {"T": dtype, "WINDOW": 10, "THREADS": 256, "KEPT": kept}
-            yield fused_prior._SOFTMAX, 2 * (dtype,), 2 * (dtype,), row
-        yield windows._KERNEL, (dtype,), (dtype,), pack
+            yield fused_prior._SOFTMAX, (dtype, dtype, INT), 2 * (dtype,), row
+        yield windows._KERNEL, (dtype, INT), (dtype,), pack
         yield fused_prior._ADD_HALVES, 3 * (dtype,), 2 * (dtype,), pack
         yield fused._GATE_BACK, (dtype, dtype), (dtype,), pack
         yield fused._FORWARD, (dtype,), (dtype,), {"T": dtype}

@@ -111,12 +111,12 @@ def test_a_batch_takes_a_share_of_the_memory_but_no_more_than_gains(
 def test_windows_are_long_where_no_length_is_planned(monkeypatch):
     monkeypatch.setattr(module.product_convs, "serves", lambda vocoder: vocoder == 1)
     engine = MLXEngine(mx.Device(mx.cpu), "f16")
-    assert engine.windows(1) == engine.windows(2) == (3072, 256)
+    assert engine.windows(1) == engine.windows(2) == (3072, 256, False)
     engine = on_cuda(monkeypatch)
-    assert engine.windows(1) == (4608, 64)
-    assert engine.windows(2) == (3072, 256)
+    assert engine.windows(1) == (4608, 64, True)
+    assert engine.windows(2) == (3072, 256, False)
     engine._fast_products = False
-    assert engine.windows(1) == (3072, 256)
+    assert engine.windows(1) == (3072, 256, False)
 
 
 # Graphs that are kept -----------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_a_loop_over_frames_is_not_kept(monkeypatch):
 
 
 def test_without_the_switch_graphs_are_built_anew(monkeypatch, caplog):
-    def missing(function):
+    def missing(function, **options):
         raise RuntimeError("this MLX has no switch")
 
     monkeypatch.setattr(module, "Replayed", missing)

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from rvc_mlx import fused_unet, image_conv
 from rvc_mlx.models.layers import fold_batch_norm
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
+from rvc_mlx.steady import within
 
 CONFIG = RMVPEConfig(
     base_channels=8, blocks=2, levels=2, inter_layers=1, n_mels=16, gru_size=8
@@ -65,10 +66,12 @@ def unpacked(weight):
     return w[: weight.outputs].astype(mx.float32)
 
 
-def plain_image_conv(x, weight, bias, *, shortcut=None, rectify=True):
+def plain_image_conv(x, weight, bias, *, shortcut=None, rectify=True, own=None):
     """``image_conv`` in plain operations."""
     shape = (*x.shape[:-1], weight.outputs)
     image_conv._check(x, weight, bias, shortcut, shape)
+    if own is not None:
+        x = within(x, own.count * x.shape[1] // own.of)
     around = ((weight.side - 1) // 2, weight.side // 2)
     wide = mx.pad(x.astype(mx.float32), [(0, 0), around, around, (0, 0)])
     y = mx.conv2d(wide, unpacked(weight)) + bias

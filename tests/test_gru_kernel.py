@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from rvc_mlx import conv_kernel
 from rvc_mlx import gru_kernel as module
 from rvc_mlx.gru_kernel import (
     HIDDEN_SIZE,
@@ -17,6 +18,7 @@ from rvc_mlx.gru_kernel import (
     supports,
 )
 from rvc_mlx.models.rmvpe import GRU
+from rvc_mlx.steady import OwnRows, telling
 
 ON_GPU = mx.cuda.is_available() or mx.metal.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs an MLX GPU")
@@ -196,6 +198,17 @@ def test_the_kernel_equals_the_plain_loop(T, B):
     # Sums of 256 terms in another order; the gates keep errors from growing with time.
     assert difference.max() <= 1e-5
     assert difference.mean() <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not conv_kernel.supports(16, 3, mx.float16), reason="needs a CUDA GPU like an H100"
+)
+def test_a_sequence_ends_with_its_own_rows():
+    x = mx.pad(sequences(9, 100)[:1], [(0, 0), (0, 60), (0, 0)], constant_values=1)
+    with telling(OwnRows(mx.array([100]), 160)):
+        y = np.array(gpu_step()(x))
+    assert np.abs(y[:, :100] - reference(100)[:1]).max() <= 1e-5
 
 
 @needs_gpu

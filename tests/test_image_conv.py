@@ -6,15 +6,16 @@ import pytest
 from cuda_on_processor import as_on_processor, bits, needs_compiler, results
 
 from rvc_mlx import conv_kernel, image_conv
+from rvc_mlx.steady import OwnRows
 
 needs_gpu = pytest.mark.skipif(
     not conv_kernel.supports(32, 3, mx.float32), reason="needs a CUDA GPU like an H100"
 )
 
 _MAIN = r"""
-void kernel(const T* x, const P* weight, const float* bias, const T* shortcut, T* y,
-            int height, int width, int inputs, int outputs, int padded,
-            int has_shortcut, int rectify) {
+void kernel(const T* x, const P* weight, const float* bias, const T* shortcut,
+            const int* told, T* y, int height, int width, int inputs, int outputs,
+            int padded, int has_shortcut, int rectify, int apart) {
 %s
 }
 int main(int, char** arguments) {
@@ -23,10 +24,11 @@ int main(int, char** arguments) {
     auto x = read_array<T>("x"), shortcut = read_array<T>("shortcut");
     auto weight = read_array<P>("weight");
     auto bias = read_array<float>("bias");
+    auto told = read_array<int>("told");
     std::vector<T> y(shortcut.size(), T(NAN));
     body = [&] {
-        kernel(x.data(), weight.data(), bias.data(), shortcut.data(), y.data(), n[2], n[3],
-               n[4], n[5], n[6], n[7], n[8]);
+        kernel(x.data(), weight.data(), bias.data(), shortcut.data(), told.data(), y.data(),
+               n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]);
     };
     for (unsigned b = 0; b < (unsigned)n[0]; b++)
         for (unsigned i = 0; i < (unsigned)n[1]; i++) {
@@ -64,7 +66,7 @@ def error(y, wanted):
     return (mx.max(difference) / mx.max(mx.abs(wanted))).item()
 
 
-def on_processor(folder, x, weight, bias, shortcut, rectify):
+def on_processor(folder, x, weight, bias, shortcut, rectify, own=None):
     """What ``image_conv`` would launch, as ``cuda_on_processor`` runs it."""
     launched = []
 
@@ -75,9 +77,12 @@ def on_processor(folder, x, weight, bias, shortcut, rectify):
     packed = image_conv.pack_image_weight(weight, x.dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_conv, "_KERNEL", launch)
-        image_conv.image_conv(x, packed, bias, shortcut=shortcut, rectify=rectify)
+        options = {"shortcut": shortcut, "rectify": rectify, "own": own}
+        image_conv.image_conv(x, packed, bias, **options)
     ((arrays, grid, scalars, constants),) = launched
-    for name, a in zip(("x", "weight", "bias", "shortcut"), arrays, strict=True):
+    for name, a in zip(
+        ("x", "weight", "bias", "shortcut", "told"), arrays, strict=True
+    ):
         bits(a).tofile(folder / name)
     numbers = [grid.rows, grid.blocks, *map(int, scalars)]
     np.array(numbers, np.int32).tofile(folder / "numbers")
@@ -100,6 +105,8 @@ def on_processor(folder, x, weight, bias, shortcut, rectify):
         ((1, 40, 4, 32, 64, 3), 0),
         ((2, 17, 8, 16, 32, 2), 0),
         ((2, 10, 16, 48, 64, 1), 0),
+        ((1, 20, 16, 64, 32, 3), 0),  # 256 places, weights tap by tap
+        ((1, 20, 16, 32, 32, 3), 0),  # and all at once
     ],
 )
 @pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
@@ -110,6 +117,18 @@ def test_the_source_convolves(tmp_path, monkeypatch, dtype, shape, processors):
         wanted = expected(*given, rectify=shape[-1] == 3)
         for y in on_processor(tmp_path, *given, shape[-1] == 3):
             assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 1e-3)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [2, 3])
+def test_rows_behind_its_own_are_not_seen(tmp_path, side):
+    x, *others = operands(1, 18, 8, 16, 16, side, mx.float16)
+    with mx.stream(mx.cpu):
+        wanted = expected(x[:, :10], *others[:2], others[2][:, :10])
+        own = OwnRows(mx.array([40]), 72)  # 10 of these 18
+        for y in on_processor(tmp_path, x, *others, True, own):
+            assert error(y[:, :10], wanted) < 1e-3
 
 
 def test_what_it_does_not_serve_is_refused():
@@ -141,6 +160,7 @@ def test_what_it_does_not_serve_is_refused():
     [
         *((2, 77, 128, 16, 16, 3), (1, 40, 64, 32, 32, 3), (1, 24, 32, 128, 64, 3)),
         *((2, 50, 4, 512, 512, 3), (1, 33, 8, 256, 512, 2), (1, 300, 128, 32, 16, 1)),
+        *((1, 544, 128, 32, 32, 3), (1, 544, 128, 64, 32, 3), (1, 544, 128, 16, 16, 3)),
     ],
 )
 @pytest.mark.parametrize("bare", [False, True])
@@ -153,3 +173,17 @@ def test_convolution_equals_mlx(shape, dtype, bare):
     packed = image_conv.pack_image_weight(weight, dtype)
     y = image_conv.image_conv(x, packed, bias, **options)
     assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 2e-3)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_rows_behind_its_own_are_not_seen_on_a_gpu(side):
+    x, weight, bias, shortcut = operands(1, 96, 16, 32, 64, side, mx.float16)
+    with mx.stream(mx.cpu):
+        wanted = expected(x[:, :50], weight, bias, shortcut[:, :50])
+        mx.eval(wanted)
+    packed = image_conv.pack_image_weight(weight, mx.float16)
+    own = OwnRows(mx.array([100]), 192)
+    y = image_conv.image_conv(x, packed, bias, shortcut=shortcut, own=own)
+    assert error(y[:, :50], wanted) < 2e-3

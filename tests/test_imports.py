@@ -38,6 +38,7 @@ ORDER = [
         "elementwise",
         "fused_norm",
         "device_high_pass",
+        "steady",
         "gru_kernel",
         "conv_kernel",
         "attention_kernel",

@@ -27,7 +27,7 @@ import torch
 from rvc_mlx import ConversionOptions, pitch
 from rvc_mlx.audio_io import load_audio
 from rvc_mlx.bench import environment
-from rvc_mlx.decoding import Piece, start_windows
+from rvc_mlx.decoding import Piece, plan_of, start_windows
 from rvc_mlx.engine import MLXEngine, Seam, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.models import contentvec
@@ -285,7 +285,8 @@ def check_vocoder(name, voice, decoded, f0, sid, noise):
         np.testing.assert_array_equal(f0.astype(np.float32), hertz[0])
     speaker, kept = voice.speakers[sid][None, None], Segment(0, 0, 0, 100, T - 100)
     piece = Piece(kept, f0, speaker, noise)
-    begun = start_windows(voice, latent.numpy(), [piece], Report())
+    plan = plan_of(voice, [piece])
+    begun = start_windows(voice, latent.numpy, [piece], plan, Report())
     blocks = [audio for windows in begun for _, audio in windows.read(Report())]
     check(
         f"{name} vocoder",

@@ -44,6 +44,27 @@ def test_a_convolution_is_a_product(inputs, taps, stride, padding, length, bias)
     check(ProductConv(filled(layer, bias))(x), layer(x))
 
 
+@pytest.mark.parametrize("most", [0, 1 << 16])
+@pytest.mark.parametrize("length", [41, 56, 121])
+def test_a_recording_alone_meets_few_shapes(monkeypatch, length, most):
+    monkeypatch.setattr(product_convs, "_FEW_ROWS", most)
+    met = []
+    real = product_convs.windows
+
+    def watched(x, taps, **options):
+        met.append(options["frames"])
+        return real(x, taps, **options)
+
+    monkeypatch.setattr(product_convs, "windows", watched)
+    conv = filled(nn.Conv1d(24, 16, 7, padding=3), True)
+    up = filled(nn.ConvTranspose1d(24, 16, 4, 2, 1), True)
+    for x in mx.random.normal((1, length, 24)), mx.random.normal((2, length, 24)):
+        check(ProductConv(conv)(x), conv(x))
+        check(ProductUp(up)(x), up(x))
+    alone = {41: 48, 56: 56, 121: 128}[length] if most else length
+    assert met == 2 * [alone] + 2 * [length]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     ("taps", "stride", "padding", "behind"),

@@ -286,6 +286,28 @@ def test_voices_with_noise_at_every_stage_go_together(
     assert check_like_alone(converter, two, options, 1e-5)["vocoder"] == 2
 
 
+def test_a_window_of_a_new_length_is_one_of_few(small_models, speech):
+    plain = batching_converter(small_models, 1 << 30)
+    few = batching_converter(small_models, 1 << 30)
+    for converter, wanted in ((plain, False), (few, True)):
+        converter.voice.few_windows = wanted
+        converter.voice.window = 640 + 2 * converter.voice.context
+    options = ConversionOptions(**OPTIONS)
+    for seconds in (3.0, 2.9, 2.7, 2.9, 3.0, 4.6):
+        clip = speech[: round(16000 * seconds)]
+        expected, found = (c.convert(clip, 16000, options) for c in (plain, few))
+        assert np.abs(found.audio - expected.audio).max() <= 1e-5
+    context = 2 * plain.voice.context
+    for converter, lengths in (
+        (plain, [304, 304, 272, 304, 304, 464]),
+        (few, [320, 320, 288, 320, 320, 480]),
+    ):
+        assert [s[1] - context for s in converter.voice.vocoder.shapes] == lengths
+    several = few.convert_many([speech[:40000], speech[9000:49000]], 16000, options)
+    assert few.voice.vocoder.shapes[-1][:2] == (2, 256 + context)
+    assert len(several) == 2
+
+
 def test_one_at_a_time_is_exactly_as_alone(small_converter, clips):
     found = small_converter.convert_many(clips, 16000)
     for clip, (audio, _) in zip(clips, found, strict=True):

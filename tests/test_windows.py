@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from rvc_mlx.steady import OwnRows
 from rvc_mlx.windows import windows
 
 CASES = [
@@ -15,10 +16,13 @@ CASES = [
     (1, {"before": 0}),
     (2, {"stride": 2, "before": 0, "frames": 18}),
     (2, {"stride": 2, "before": 0, "frames": 19}),
+    (2, {"stride": 2, "before": 0, "frames": 18, "own": 20}),
+    (3, {"own": 20}),
+    (5, {"own": 1, "slope": 0.0}),
 ]
 
 
-def seen(x, taps, stride=1, before=None, frames=None, slope=1.0):
+def seen(x, taps, stride=1, before=None, frames=None, own=None, slope=1.0):
     """Frame by frame, tap by tap."""
     before = taps // 2 if before is None else before
     B, L, C = x.shape
@@ -26,7 +30,7 @@ def seen(x, taps, stride=1, before=None, frames=None, slope=1.0):
     for frame in range(y.shape[1]):
         for tap in range(taps):
             position = frame * stride + tap - before
-            if 0 <= position < L:
+            if 0 <= position < (own or L):
                 values = x[:, position]
                 y[:, frame, tap] = np.where(values > 0, values, slope * values)
     return y.reshape(B, y.shape[1], -1)
@@ -34,7 +38,10 @@ def seen(x, taps, stride=1, before=None, frames=None, slope=1.0):
 
 def check(dtype, channels, taps, options):
     x = mx.random.normal((2, 37, channels)).astype(dtype)
-    found = windows(x, taps, **options)
+    given = {**options}
+    if "own" in given:
+        given["own"] = OwnRows(mx.array([given["own"]]), 37)
+    found = windows(x, taps, **given)
     assert found.dtype == dtype
     expected = seen(np.array(x.astype(mx.float32)), taps, **options)
     found = np.array(found.astype(mx.float32))
