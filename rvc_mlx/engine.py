@@ -13,9 +13,10 @@ import importlib.util
 import logging
 import os
 import platform
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -90,6 +91,7 @@ class Seam:
         inputs: shapes of the inputs at a length, each with its type.
         lengths: one length: that is the only one used; three: the length is dynamic.
         exact: float32 whatever the precision.
+        beside: whether it is computed beside the others, which do not wait for it.
     """
 
     name: str
@@ -98,6 +100,7 @@ class Seam:
     inputs: Callable[[int], Sequence[tuple[tuple[int, ...], mx.Dtype]]]
     lengths: tuple[int, ...]
     exact: bool = False
+    beside: bool = False
 
 
 class WindowSizes(NamedTuple):
@@ -142,6 +145,9 @@ class MLXEngine:
         )
         on_cuda = on_gpu and mx.cuda.is_available()
         self.high_pass: HighPass = self._high_pass if on_cuda else high_pass_spool
+        # The recurrent layer of RMVPE leaves most of a GPU to what runs beside it.
+        self._two_streams = on_cuda
+        self._streams = threading.local()  # a stream belongs to its thread
         # A thread has a stream of its own: what it does waits for no network.
         self._aside = ThreadPoolExecutor(1)
         self.precision = precision
@@ -161,6 +167,22 @@ class MLXEngine:
     def bind(self, seam: Seam) -> Run:
         """The seam on this device; weights are loaded at its first run."""
         return _MLXRun(self, seam)
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """Where the inputs of a seam are made that is computed beside the others.
+
+        Elsewhere they would be made behind what is queued there.
+        """
+        return mx.stream(self._stream(True))
+
+    def _stream(self, beside: bool) -> mx.Device | mx.Stream:
+        """Where a seam is computed."""
+        if not (beside and self._two_streams):
+            return self._device
+        if not hasattr(self._streams, "beside"):
+            self._streams.beside = mx.new_stream(self._device)
+        stream: mx.Stream = self._streams.beside
+        return stream
 
     def windows(self, vocoder: nn.Module) -> WindowSizes:
         """The windows of a vocoder.
@@ -286,7 +308,7 @@ class _MLXRun:
 
     def start(self, *arrays: Array) -> mx.array:
         engine = self._engine
-        with mx.stream(engine._device):
+        with mx.stream(engine._stream(self._seam.beside)):
             if self._network is None:
                 steps = self._seam.build(self._dtype)
                 self._network = engine._joined(list(map(engine._prepared, steps)))
@@ -351,6 +373,10 @@ class OpenVINOEngine:
         path = self._cache_path(seam)
         read = self._readers.submit(self._read_back, path, self._options(seam))
         return _OpenVINORun(lambda: read.result() or self._compile(seam, path))
+
+    def beside(self) -> AbstractContextManager[Any]:
+        """Where the inputs of a seam are made: on the host."""
+        return nullcontext()
 
     def windows(self, _: nn.Module) -> WindowSizes:
         """The windows of a vocoder."""

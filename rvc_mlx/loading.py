@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -208,6 +209,10 @@ class Encoder:
         """
         return self._run(version).start(audio)
 
+    def beside(self) -> AbstractContextManager[Any]:
+        """Where what ``start`` is given is made."""
+        return self._engine.beside()
+
     def prepare(self, version: str) -> None:
         """Start to get ready for voices of ``"v1"`` or ``"v2"``."""
         self._run(version)
@@ -230,6 +235,7 @@ class Encoder:
             ),
             lambda length: [((1, length), mx.float32)],
             _AUDIO_LENGTHS,
+            beside=True,
         )
 
 

@@ -201,7 +201,8 @@ def _encoded(
         return max(segment.frames, window)
 
     for batch in neighbours(parts, lambda part: part[1].samples, weight, most):
-        audio = together([job.heard(segment)[None] for job, segment in batch])
+        with nets.encoder.beside():
+            audio = together([job.heard(segment)[None] for job, segment in batch])
         with report.stage("content"):
             features = nets.encoder.start(audio, nets.voice.config.version)
         yield batch, features

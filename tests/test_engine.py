@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -117,6 +118,36 @@ def test_windows_are_long_where_no_length_is_planned(monkeypatch):
     assert engine.windows(2) == (3072, 256, False)
     engine._fast_products = False
     assert engine.windows(1) == (3072, 256, False)
+
+
+def test_a_seam_beside_has_a_stream_of_its_own_in_each_thread(monkeypatch):
+    engine = MLXEngine(mx.Device(mx.cpu), "f32")
+    met = []
+
+    def step(x):
+        met.append(str(mx.default_stream(mx.default_device())))
+        return x * 2
+
+    def run(**options):
+        seam = module.Seam(
+            "double", "", lambda _: [step], lambda _: [], (1,), **options
+        )
+        return engine.bind(seam)(np.ones((1, 3), np.float32)).tolist()
+
+    assert run() == run(beside=True) == [[2, 2, 2]]
+    assert met[0] == met[1]  # the host has one
+    engine._two_streams = True
+    assert run() == run(beside=True) == [[2, 2, 2]]
+    assert met[2] == met[0]
+    assert met[3] != met[0]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run, beside=True).result() == [[2, 2, 2]]
+    assert len({met[0], met[3], met[4]}) == 3
+    twice = engine.bind(
+        module.Seam("double", "", lambda _: [step], lambda _: [], (1,), beside=True)
+    )
+    assert twice(twice.start(np.ones((1, 3), np.float32))).tolist() == [[4, 4, 4]]
+    assert met[5] == met[6] == met[3]
 
 
 # Graphs that are kept -----------------------------------------------------------------

@@ -286,6 +286,26 @@ def test_voices_with_noise_at_every_stage_go_together(
     assert check_like_alone(converter, two, options, 1e-5)["vocoder"] == 2
 
 
+def test_what_is_heard_is_made_beside_what_is_queued(small_models, clips, monkeypatch):
+    """On the encoder's stream: elsewhere it would wait for the pitch net."""
+    converter = batching_converter(small_models, 1 << 30)
+    engine, made = converter.encoder._engine, []
+    engine._two_streams = True
+    heard = job.Job.heard
+
+    def watched(self, segment):
+        made.append(str(mx.default_stream(mx.default_device())))
+        return heard(self, segment)
+
+    monkeypatch.setattr(job.Job, "heard", watched)
+    converter.convert(clips[0], 16000, ConversionOptions(**OPTIONS))
+    with engine.beside():
+        beside = str(mx.default_stream(mx.default_device()))
+    assert made == [beside]
+    with mx.stream(mx.cpu):
+        assert beside != str(mx.default_stream(mx.default_device()))
+
+
 def test_a_window_of_a_new_length_is_one_of_few(small_models, speech):
     plain = batching_converter(small_models, 1 << 30)
     few = batching_converter(small_models, 1 << 30)
