@@ -264,12 +264,12 @@ def _unsealed(kept: bytes) -> bytes:
 
 @cache
 def _architecture() -> str:
-    """Of this machine's GPU, as ``"sm_90"``."""
+    """Of this machine's GPU, as ``"sm_80"``; Hopper's with what no other has."""
     if not mx.cuda.is_available():
         raise RuntimeError("MLX has no CUDA GPU here")
     told = mx.device_info(mx.gpu)
     major, minor = (told[f"compute_capability_{part}"] for part in ("major", "minor"))
-    return f"sm_{major}{minor}"
+    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
 
 def compile_source(text: str, architecture: str) -> bytes:

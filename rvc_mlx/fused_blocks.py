@@ -1,7 +1,7 @@
 """The residual blocks of a HiFi-GAN vocoder through the hand-written CUDA convolution.
 
 A step of a block is ``x + conv2(leaky_relu(conv1(leaky_relu(x))))``: one launch, or two
-above 128 channels, instead of two convolutions and five element-wise passes. The mean over
+where no kernel takes it at once, instead of two convolutions and five element-wise passes. The mean over
 the blocks of a stage rides on the last launch of each block.
 """
 
@@ -13,6 +13,7 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
+from rvc_mlx import step_kernel
 from rvc_mlx.conv_kernel import (
     LONGEST_STEP,
     WIDEST_STEP,
@@ -65,13 +66,16 @@ class _TwoLaunches:
 
 def _step(first: nn.Conv1d, second: nn.Conv1d) -> Step:
     """A step of ``[B, L, C]``, what is added to it, and a factor."""
-    weights = first.weight, second.weight
-    channels, taps, _ = weights[0].shape
-    if channels > WIDEST_STEP or taps > LONGEST_STEP or second.dilation > 1:
-        return _TwoLaunches(first, second)
-    biases, dtype = (first.bias, second.bias), weights[0].dtype
-    packed = pack_step(weights, biases, dtype, first.dilation, LRELU_SLOPE)
-    return partial(fused_step, step=packed)
+    channels, taps, _ = first.weight.shape
+    dtype, dilation = first.weight.dtype, first.dilation
+    weights, biases = (first.weight, second.weight), (first.bias, second.bias)
+    given = weights, biases, dtype, dilation, LRELU_SLOPE
+    if second.dilation == 1:
+        if step_kernel.supports(channels, taps, dilation, dtype):
+            return partial(step_kernel.fused_step, step=step_kernel.pack_step(*given))
+        if channels <= WIDEST_STEP and taps <= LONGEST_STEP:
+            return partial(fused_step, step=pack_step(*given))
+    return _TwoLaunches(first, second)
 
 
 def _pairs(block: nn.Module) -> list[tuple[nn.Conv1d, nn.Conv1d]]:

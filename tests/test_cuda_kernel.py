@@ -19,6 +19,7 @@ from rvc_mlx import (
     fused_unet,
     gru_kernel,
     image_conv,
+    step_kernel,
     windows,
 )
 from rvc_mlx.cuda_kernel import CudaKernel, Grid, compile_source
@@ -63,6 +64,14 @@ def convolutions():
             )
             inputs = (dtype, products, F32, dtype, dtype, F32)
             yield conv_kernel._KERNEL, inputs, (dtype,), constants
+
+
+def steps():
+    for dtype, products in ((F32, F16), (F16, F16), (BF16, BF16)):
+        for channels in step_kernel.TILES:
+            constants = step_kernel._constants(dtype, products, channels, True)
+            inputs = (dtype, products, F32, F32, dtype)
+            yield step_kernel._kernel(channels), inputs, (dtype,), constants
 
 
 def images():
@@ -122,9 +131,9 @@ def compiles(kernel, inputs, outputs, constants, architecture):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("case", [*convolutions(), *images(), *others()])
+@pytest.mark.parametrize("case", [*convolutions(), *steps(), *images(), *others()])
 def test_every_kernel_compiles_for_an_h100(case):
-    compiles(*case, "sm_90")
+    compiles(*case, "sm_90a")
 
 
 @needs_nvrtc
@@ -201,6 +210,20 @@ def test_a_damaged_file_is_made_again(compiler, tmp_path, left):
     assert compiled() == (symbol, b"code")
     assert path.read_bytes() == whole
     assert len(compiler) == 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 6), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 1), "sm_121")],
+)
+def test_architectures_have_their_names(monkeypatch, capability, name):
+    major, minor = capability
+    told = {"compute_capability_major": major, "compute_capability_minor": minor}
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda _: told)
+    cuda_kernel._architecture.cache_clear()
+    assert cuda_kernel._architecture() == name
+    cuda_kernel._architecture.cache_clear()
 
 
 def test_each_set_of_constants_and_each_gpu_has_its_own(compiler):

@@ -77,6 +77,23 @@ def test_blocks_are_put_together_as_the_model_has_them(
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+def test_what_a_hopper_takes_at_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(fused_blocks, "supports", lambda *_: True)
+    monkeypatch.setattr(
+        fused_blocks.step_kernel, "supports", lambda *told: asked.append(told) or True
+    )
+    monkeypatch.setattr(fused_blocks.step_kernel, "pack_step", lambda *a: a)
+    monkeypatch.setattr(fused_blocks.step_kernel, "fused_step", plain_step)
+    blocks = stage(256)
+    x = mx.random.normal((2, 50, 256))
+    expected = np.array(average_blocks(x, blocks))
+    found = np.array(fused_blocks.FusedBlocks(Stage(blocks))(x, blocks))
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    dilated = [(3, 1), (3, 3), (7, 1), (7, 5), (11, 3)]
+    assert asked == [(256, taps, d, mx.float32) for taps, d in dilated]
+
+
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", conv_kernel.DTYPES)

@@ -41,6 +41,7 @@ ORDER = [
         "steady",
         "gru_kernel",
         "conv_kernel",
+        "step_kernel",
         "attention_kernel",
         "windows",
         "product_convs",

@@ -1,0 +1,260 @@
+"""A residual step on Hopper: the kernel's own source on the processor, and on a GPU."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from cuda_on_processor import as_on_processor, bits, needs_compiler, results
+from test_conv_kernel import error, expected_step, step_operands
+
+from rvc_mlx import step_kernel
+from rvc_mlx.conv_kernel import DTYPES, MAX_SHARED_MEMORY
+from rvc_mlx.step_kernel import TILES, Tile, fits, fused_step, pack_step
+
+needs_gpu = pytest.mark.skipif(
+    not step_kernel.supports(32, 3, 1, mx.float32), reason="needs a Hopper GPU"
+)
+_ON_PROCESSOR = (
+    r"""
+#define __device__
+#define __forceinline__
+inline int min(int a, int b) { return a < b ? a : b; }
+inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+inline float __uint_as_float(unsigned u) { return __int_as_float(u); }
+
+// Products happen at once and copies as late as somebody waits for them; if lazy, copies at
+// once and products late.
+namespace step {
+using namespace fused_conv;
+
+static std::vector<std::deque<std::vector<std::function<void()>>>> asked;  // by thread
+static std::vector<std::function<void()>> being_asked;
+struct Barrier { int done = 0; std::deque<std::function<void()>> pending; };
+static std::vector<Barrier> counted;
+
+inline void begin_products() { being_asked.clear(); }
+inline void end_products() { asked[threadIdx.x].push_back(being_asked); }
+template <int PENDING> void wait_for_products() {
+    auto& groups = asked[threadIdx.x];
+    for (; groups.size() > PENDING; groups.pop_front())
+        for (auto& product : groups.front()) product();
+}
+template <int COUNT> void settle(float (&)[COUNT]) {}
+inline void publish() {}
+inline void not_before() {}
+inline int anew(int i) { return i; }
+
+struct Matrix { unsigned address, plane; };
+inline Matrix described(unsigned address, int plane) { return {address, (unsigned)plane}; }
+template <class T> float at(T, Matrix m, int row, int k) {
+    const unsigned a = m.address + (k / 8 * m.plane + row) * 16 + k % 8 * 2;
+    check(m.address % 16 == 0 && a + 2 <= memory_size, "a product reads outside");
+    T v;
+    memcpy(&v, memory_of_block + a, 2);
+    return v;
+}
+template <class T, int COUNT>
+void product(T, float (&c)[COUNT], Matrix rows, Matrix weights) {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    auto now = [=, &c] {
+        for (int i = 0; i < COUNT; i++)
+            for (int k = 0; k < 16; k++)
+                c[i] += at(T(), rows, row + i / 2 % 2 * 8, k) *
+                        at(T(), weights, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
+    };
+    if (lazy) being_asked.push_back(now);
+    else now();
+}
+
+inline void make_barrier(unsigned barrier) {
+    check(barrier % 8 == 0 && barrier + 8 <= BARRIERS, "a barrier elsewhere");
+    counted.resize(BARRIERS / 8);
+}
+inline void copy_bytes(unsigned target, const void* source, int bytes, unsigned barrier) {
+    check(target % 16 == 0 && target + bytes <= memory_size, "a copy outside");
+    auto now = [=] {
+        memcpy(memory_of_block + target, source, bytes);
+        counted[barrier / 8].done++;
+    };
+    if (lazy) now();
+    else counted[barrier / 8].pending.push_back(now);
+}
+inline void wait_for(unsigned barrier, unsigned parity) {
+    Barrier& b = counted[barrier / 8];
+    if (b.done % 2 == parity) {
+        check(!b.pending.empty(), "nobody has asked for a copy");
+        b.pending.front()();
+        b.pending.pop_front();
+    }
+}
+
+struct Factor { unsigned high, low; };
+template <class T> unsigned pair_rectified(T, unsigned v, Factor slope) {
+    float result[2];
+    for (int i = 0; i < 2; i++) {
+        const float x = element(T(), &v, i), t = T(x * element(T(), &slope.low, i));
+        result[i] = fmaxf(x, T(x * element(T(), &slope.high, i) + t));
+    }
+    return pair(T(), result[0], result[1]);
+}
+"""
+    + step_kernel._WORDS
+    + r"""
+}  // namespace step
+void kernel(const T* x, const P* weight, const float* bias, const float* inner_bias,
+            const T* accumulate, T* y, int L, int taps, int dilation, int pitch,
+            float slope, float scale) {
+"""
+    + as_on_processor(step_kernel._SOURCE)
+    + r"""
+}
+int main(int, char** arguments) {
+    lazy = *arguments[1] == '1';
+    auto shape = read_array<int>("shape");  // B, L, taps, dilation, pitch, blocks
+    auto x = read_array<T>("x"), accumulate = read_array<T>("accumulate");
+    auto weight = read_array<P>("weight");
+    auto bias = read_array<float>("bias"), inner_bias = read_array<float>("inner_bias");
+    auto numbers = read_array<float>("numbers");
+    std::vector<T> y(x.size(), T(NAN));
+    body = [&] {
+        kernel(x.data(), weight.data(), bias.data(), inner_bias.data(), accumulate.data(),
+               y.data(), shape[1], shape[2], shape[3], shape[4], numbers[0], numbers[1]);
+    };
+    for (unsigned b = 0; b < (unsigned)shape[0]; b++)
+        for (unsigned i = 0; i < (unsigned)shape[5]; i++) {
+            blockIdx = {i, b, 0};
+            step::asked.assign(128 * GROUPS, {});
+            step::counted.clear();
+            run_block(128 * GROUPS, SHARED_MEMORY);
+        }
+    FILE* file = fopen("y", "wb");
+    fwrite(y.data(), sizeof(T), y.size(), file);
+    fclose(file);
+}
+"""
+)
+
+
+def tolerance(dtype):
+    return 8e-3 if dtype == mx.bfloat16 else 1e-3
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Tiles that tests may replace; nothing is remembered of them."""
+    made = dict(TILES)
+    monkeypatch.setattr(step_kernel, "TILES", made)
+    caches = step_kernel._kernel, step_kernel._constants
+    for cached in caches:
+        cached.cache_clear()
+    yield made
+    for cached in caches:
+        cached.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "dilation", "tile"),
+    [
+        ((2, 141, 32, 7), 3, Tile(1, 1, 2, 1, 3)),
+        ((1, 150, 32, 3), 1, Tile(2, 1, 3, 1, 24)),
+        ((1, 133, 64, 3), 5, Tile(1, 2, 4, 1, 8)),
+        ((1, 61, 128, 3), 1, Tile(1, 1, 3, 1, 16)),  # two stages a tap
+    ],
+)
+def test_the_source_makes_a_step(
+    tmp_path, tiles, shape, dilation, tile, dtype, accumulates
+):
+    B, L, C, taps = shape
+    tiles[C] = tile
+    x, weights, biases, accumulate = step_operands(*shape, dtype)
+    options = {"dilation": dilation, "slope": 0.1}
+    step = pack_step(weights, biases, dtype, **options)
+    given = {"x": x, "accumulate": accumulate, "weight": step.weight}
+    given |= {"inner_bias": step.bias[0], "bias": step.bias[1]}
+    for name, a in given.items():
+        bits(a).tofile(tmp_path / name)
+    pitch, memory = step_kernel._layout(C, taps, dilation)
+    blocks = -(-L // (tile.rows - taps + 1))
+    np.array([B, L, taps, dilation, pitch, blocks], np.int32).tofile(tmp_path / "shape")
+    np.array([0.1, 1 / 3], np.float32).tofile(tmp_path / "numbers")
+    constants = step_kernel._constants(dtype, step.weight.dtype, C, accumulates)
+    constants = {**constants, "SHARED_MEMORY": memory}
+    added = accumulate if accumulates else mx.zeros_like(x)
+    with mx.stream(mx.cpu):
+        wanted = expected_step(x, weights, biases, added, **options, scale=1 / 3)
+        for y in results(tmp_path, constants, _ON_PROCESSOR, dtype):
+            assert error(y.reshape(x.shape), wanted) < tolerance(dtype)
+
+
+@pytest.mark.parametrize("channels", TILES)
+def test_blocks_fit_a_multiprocessor(channels):
+    tile = TILES[channels]
+    pitch, memory = step_kernel._layout(channels, 11, 5)
+    assert memory == step_kernel._layout(channels, 3, 1)[1]  # one function for all
+    assert tile.together * (memory + 1024) <= 228 * 1024
+    assert pitch >= tile.rows + 50
+    # Two rows of four planes, 16 bytes each, in different banks.
+    pieces = {(plane * pitch + row) % 8 for plane in range(4) for row in range(2)}
+    assert len(pieces) == 8
+    assert tile.stages * 8 <= step_kernel._BARRIERS
+
+
+def test_only_what_fits_is_taken():
+    assert fits(128, 11, 5, mx.float16)
+    assert not fits(16, 3, 1, mx.float16)
+    assert not fits(128, 4, 1, mx.float16)
+    assert not fits(128, 3, 1, mx.int32)
+    assert not fits(32, 255, 1, mx.float16)  # no outputs of a block's own
+    dilation = next(d for d in range(1, 500) if not fits(256, 11, d, mx.float16))
+    assert step_kernel._layout(256, 11, dilation - 1)[1] <= MAX_SHARED_MEMORY
+    assert step_kernel._layout(256, 11, dilation)[1] > MAX_SHARED_MEMORY
+
+
+def test_steps_that_do_not_go_together_are_refused():
+    one, bias = mx.zeros((32, 3, 32)), mx.zeros((32,))
+    for *weights, other in (
+        (mx.zeros((16, 3, 16)), mx.zeros((16, 3, 16)), mx.zeros((16,))),
+        (one, mx.zeros((32, 5, 32)), bias),
+        (mx.zeros((32, 4, 32)), mx.zeros((32, 4, 32)), bias),
+        (one, one, mx.zeros((16,))),
+    ):
+        with pytest.raises(ValueError, match="want two of one shape, with an odd"):
+            pack_step(weights, (other, bias), mx.float16, 1, 0.1)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    one, bias = mx.zeros((32, 3, 32)), mx.zeros((32,))
+    step = pack_step((one, one), (bias, bias), mx.float16, 1, 0.1)
+    good = mx.zeros((1, 5, 32), mx.float16)
+    for x, added in (
+        (good.astype(mx.float32), None),
+        (good[0], None),
+        (good[:, :0], None),
+        (mx.zeros((1, 5, 64), mx.float16), None),
+        (good, good[:, :4]),
+        (good, good.astype(mx.float32)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"want both mlx.core.float16 \[B, L, 32\]"
+        ):
+            fused_step(x, step, added)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "dilation"), [(3, 1), (7, 3), (11, 5)])
+@pytest.mark.parametrize("channels", TILES)
+def test_a_step_equals_mlx(channels, k, dilation, dtype):
+    x, weights, biases, accumulate = step_operands(2, 777, channels, k, dtype)
+    options = {"dilation": dilation, "slope": 0.1}
+    step = pack_step(weights, biases, dtype, **options)
+    for added in (None, accumulate):
+        with mx.stream(mx.cpu):
+            given = mx.zeros_like(x) if added is None else added
+            wanted = expected_step(x, weights, biases, given, **options, scale=1 / 3)
+            mx.eval(wanted)
+        assert error(fused_step(x, step, added, 1 / 3), wanted) < 2 * tolerance(dtype)
