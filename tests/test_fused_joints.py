@@ -16,11 +16,15 @@ CONFIG = replace(preset("small", "v2", True, 3).model, upsample_initial_channel=
 
 
 def vocoder(kind, config=CONFIG):
+    """A vocoder whose audio is not cut at 1."""
     mx.random.seed(0)
     network = kind(config)
-    network.update(
-        tree_map(lambda a: 0.1 * mx.random.normal(a.shape), network.parameters())
-    )
+
+    def drawn(a):
+        seen = a[0].size if a.ndim == 3 else 100
+        return seen**-0.5 * mx.random.normal(a.shape)
+
+    network.update(tree_map(drawn, network.parameters()))
     return network
 
 
