@@ -3,7 +3,8 @@
     python benchmarks/benchmark_gpu.py [--only ROW,ROW] [--seconds 30] [--index]
 
 Each network alone, whole conversions from array to array of a short and a long
-recording, many clips together, and the first calls: after loading, and at new lengths.
+recording, many clips together, and the first calls: after loading, at new lengths, and
+at new lengths after ours has been warmed up for that.
 The result is written after every row. ``torch.compile`` comes last, as it takes longest.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,9 +30,11 @@ from rvc_mlx.bench import Timing
 from rvc_mlx.loading import Voice, read_weights
 
 WARM_UPS = 2  # calls before those that are timed
-ROWS = ("first", "new-length", "hubert", "rmvpe", "rmvpe-long", "synthesizer")
+FIRST_ROWS = ("first", "new-length", "new-length-warm")
+ROWS = (*FIRST_ROWS, "hubert", "rmvpe", "rmvpe-long", "synthesizer")
 ROWS += ("conversion", "conversion-long", "many")
 NEW_LENGTHS = tuple(0.9 - 0.037 * i for i in range(7))  # parts of the usual length
+AND_NEWER = 0.985  # of each, when all lengths have been warmed up
 
 Call = Callable[[Side], Any]
 
@@ -111,16 +114,20 @@ def is_finite(result: Any) -> bool:
 def first_calls(side: Side, seconds: float) -> dict[str, dict[str, Any]]:
     """The first conversion of a side, and those of lengths that it has not met."""
     short = common.real_audio(seconds)
-    times, finite = [], True
-    for part in (1.0, *NEW_LENGTHS):
-        start = time.perf_counter()
-        audio = side.convert(short[: round(part * len(short))])
-        times.append(time.perf_counter() - start)
-        finite &= is_finite(audio)
-    return {
-        "first": {**Timing((times[0],)).as_dict(), "finite": finite},
-        "new-length": {**Timing(tuple(times[1:])).as_dict(), "finite": finite},
-    }
+
+    def timed(parts: Sequence[float]) -> dict[str, Any]:
+        times, finite = [], True
+        for part in parts:
+            start = time.perf_counter()
+            audio = side.convert(short[: round(part * len(short))])
+            times.append(time.perf_counter() - start)
+            finite &= is_finite(audio)
+        return {**Timing(tuple(times)).as_dict(), "finite": finite}
+
+    cells = {"first": timed((1.0,)), "new-length": timed(NEW_LENGTHS)}
+    if side.warm_up(seconds):
+        cells["new-length-warm"] = timed([AND_NEWER * part for part in NEW_LENGTHS])
+    return cells
 
 
 @dataclass
@@ -203,7 +210,7 @@ class Benchmark:
         sides = our_sides(self._files, self._ours)
         if not asked.mlx_only:
             sides |= torch_sides(self._files, place)
-        if self._wanted("first") or self._wanted("new-length"):
+        if any(map(self._wanted, FIRST_ROWS)):
             for name, side in sides.items():
                 for row, cell in first_calls(side, asked.seconds).items():
                     self._table.put(row, asked.seconds, name, cell)

@@ -20,6 +20,9 @@ INDEX_RATE = 0.75
 class Side(Protocol):
     """One program in one precision; every result is on the host when a call returns."""
 
+    def warm_up(self, seconds: float, /) -> bool:
+        """Get ready for any length up to this; False where there is no such thing."""
+
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """Samples ``[n]`` at 16 kHz to features ``[F, C]``."""
 
@@ -44,6 +47,11 @@ class Ours:
         self._noise = sides.engine.noise(0)
         rate = INDEX_RATE if files.index else 0.0
         self._options = ConversionOptions(index_rate=rate)
+
+    def warm_up(self, seconds: float, /) -> bool:
+        """As of ``Side``."""
+        self._converter.warm_up(seconds, self._options)
+        return True
 
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""
@@ -92,6 +100,10 @@ class Theirs:
             _compile(encoder, "extract")
             if self._pipeline.pitch:
                 _compile(self._pipeline.pitch.net, "forward")
+
+    def warm_up(self, _: float, /) -> bool:
+        """As of ``Side``."""
+        return False
 
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""

@@ -269,11 +269,7 @@ class MLXEngine:
             return network
         rows = _rows_of(steps[0])
         try:
-            if rows:
-                return Steady(network, rows)
-            # Windows of a vocoder have few lengths, see ``Voice.plan_window``.
-            few = self.windows(_network_of(steps[0])).few
-            return Replayed(network, at_once=few)
+            return Steady(network, rows) if rows else Replayed(network)
         except RuntimeError as error:
             log.info("graphs are built anew at each call: %s", error)
             return network
