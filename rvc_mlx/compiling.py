@@ -85,7 +85,7 @@ class Replayed:
     def __init__(
         self,
         function: Callable[..., mx.array],
-        kept: int = 32,
+        kept: int = 128,
         at_once: bool = False,
     ):
         _switch()

@@ -39,9 +39,10 @@ from rvc_mlx.schedule import convert_all
 from rvc_mlx.spool import Spool
 
 _SHORTEST_WARM_UP = 0.1  # seconds
-# Between lengths of a warm-up: share of a padded recording, and seconds at most. Steady
-# lengths are a sixteenth apart or more, a vocoder's windows that are planned 2.56 s.
-_WARM_UP_SHARE, _WARM_UP_STEP = 1 / 17, 2.5
+# Between lengths of a warm-up: share of a recording, and seconds at least and at most. Lengths
+# that networks meet are a sixteenth apart or more and eight frames at least, a vocoder's
+# windows that are planned 2.56 s at most.
+_WARM_UP_SHARE, _WARM_UP_LEAST, _WARM_UP_STEP = 1 / 17, 0.075, 2.5
 
 
 class Conversion(NamedTuple):
@@ -120,7 +121,8 @@ class VoiceConverter:
 
         Noise is converted: weights are loaded, models compiled or read back. On a GPU that
         is done for lengths so close to one another that any recording between them meets
-        plans that are made, some fifty for 30 seconds; on a CPU one does for all.
+        shapes that are known, some seventy for 30 seconds, and twice, since graphs are kept
+        from the second time on; on a CPU one does for all.
 
         Args:
             seconds: of the longest recording; 0.1 or more.
@@ -135,7 +137,7 @@ class VoiceConverter:
                 "length of the longest recording"
             )
         options = options or ConversionOptions()
-        lengths = _warm_up_lengths(seconds, options.x_pad)
+        lengths = [n for n in _warm_up_lengths(seconds) for _ in range(2)]
         if not self.encoder.batch_frames:  # the host computes, with one model for all
             lengths = lengths[-1:]
         noise = np.random.default_rng(0).standard_normal(lengths[0], np.float32) / 10
@@ -380,13 +382,13 @@ def load_on(
     )
 
 
-def _warm_up_lengths(seconds: float, pad: float) -> list[int]:
+def _warm_up_lengths(seconds: float) -> list[int]:
     """Samples at 16 kHz of recordings up to this length, the longest first."""
     lengths = []
     while seconds > _SHORTEST_WARM_UP:
         lengths.append(round(seconds * SAMPLE_RATE))
-        padded = seconds + 2 * pad
-        seconds -= min(_WARM_UP_SHARE * padded, _WARM_UP_STEP)
+        step = max(_WARM_UP_SHARE * seconds, _WARM_UP_LEAST)
+        seconds -= min(step, _WARM_UP_STEP)
     return [*lengths, round(_SHORTEST_WARM_UP * SAMPLE_RATE)]
 
 

@@ -20,6 +20,7 @@ from rvc_mlx.pipeline import VoiceConverter, load
 from rvc_mlx.retrieval import read_index
 from rvc_mlx.segments import find_cuts, plan_segments
 from rvc_mlx.spool import Spool
+from rvc_mlx.steady import few_lengths
 from rvc_reference import pipeline as reference_pipeline
 from rvc_reference.noise import ZeroNoise
 from tools import make_test_models as maker
@@ -788,12 +789,13 @@ def test_a_warm_up_on_a_cpu_is_one_short_conversion(
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.11, 4, 30, 90])
-def test_a_warm_up_on_a_gpu_meets_every_steady_length(
-    small_converter, monkeypatch, seconds
+@pytest.mark.parametrize("pad", [0.5, 1, 3, 10])
+@pytest.mark.parametrize("seconds", [0.1, 0.11, 4, 18, 25, 30, 37, 90])
+def test_a_warm_up_on_a_gpu_meets_every_length_twice(
+    small_converter, monkeypatch, seconds, pad
 ):
     asked = []
-    options = ConversionOptions()
+    options = ConversionOptions(x_pad=pad)
     other = copy.copy(small_converter)
     other.encoder = copy.copy(other.encoder)
     other.encoder.batch_frames = 1000
@@ -802,18 +804,25 @@ def test_a_warm_up_on_a_gpu_meets_every_steady_length(
     )
     other.warm_up(seconds, options)
     assert asked[0] == round(seconds * 16000)
-    assert len(asked) < 100
+    assert asked[::2] == asked[1::2]
+    assert len(asked) < 210
     padded = 2 * round(options.x_pad * 16000)
+    voice = copy.copy(other.voice)
+    voice.few_windows, voice.window_step = True, 64
+    voice.window = 4608 + 2 * voice.context
 
-    def plans(samples):
-        """What a recording is planned for: frames, and windows of the vocoder."""
-        frames = (samples + padded) // 320
-        return steady_length(frames, 8, 1 << 20), -(-samples // 160 // 256)
+    def shapes(samples):
+        """Of networks, and windows of the vocoder, with few lengths and without."""
+        frames, own = (samples + padded) // 160, samples // 160
+        planned = steady_length(frames // 2, 8, 1 << 20), -(-own // 256)
+        few = few_lengths(frames), few_lengths(frames // 2)
+        return *planned, *few, voice.plan_window(own)
 
-    met, least = list(map(plans, asked)), 1600
-    lengths = range(least, round(seconds * 16000) + 1, 1600)
-    for kind in (0, 1):
-        assert {plans(n)[kind] for n in lengths} <= {plan[kind] for plan in met}
+    met = list(map(shapes, asked))
+    lengths = range(1600, min(round(seconds * 16000), 46 * 16000) + 1, 1600)
+    for kind in range(5):
+        wanted = {shapes(n)[kind] for n in lengths}
+        assert wanted <= {found[kind] for found in met}
 
 
 def test_too_short_a_warm_up_is_refused(small_converter):
