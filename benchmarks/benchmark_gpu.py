@@ -34,7 +34,6 @@ FIRST_ROWS = ("first", "new-length", "new-length-warm")
 ROWS = (*FIRST_ROWS, "hubert", "rmvpe", "rmvpe-long", "synthesizer")
 ROWS += ("conversion", "conversion-long", "many")
 NEW_LENGTHS = tuple(0.9 - 0.037 * i for i in range(7))  # parts of the usual length
-AND_NEWER = 0.985  # of each, when all lengths have been warmed up
 
 Call = Callable[[Side], Any]
 
@@ -111,11 +110,17 @@ def is_finite(result: Any) -> bool:
     return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
-def first_calls(side: Side, seconds: float) -> dict[str, dict[str, Any]]:
-    """The first conversion of a side, and those of lengths that it has not met."""
+def first_calls(side: Side, seconds: float, warm: bool) -> dict[str, dict[str, Any]]:
+    """The first conversion of a side, and those of lengths that it has not met.
+
+    Args:
+        side: that has done nothing yet.
+        seconds: of the first conversion.
+        warm: whether another of its kind, which is warmed up, meets those lengths, too.
+    """
     short = common.real_audio(seconds)
 
-    def timed(parts: Sequence[float]) -> dict[str, Any]:
+    def timed(side: Side, parts: Sequence[float]) -> dict[str, Any]:
         times, finite = [], True
         for part in parts:
             start = time.perf_counter()
@@ -124,9 +129,11 @@ def first_calls(side: Side, seconds: float) -> dict[str, dict[str, Any]]:
             finite &= is_finite(audio)
         return {**Timing(tuple(times)).as_dict(), "finite": finite}
 
-    cells = {"first": timed((1.0,)), "new-length": timed(NEW_LENGTHS)}
-    if side.warm_up(seconds):
-        cells["new-length-warm"] = timed([AND_NEWER * part for part in NEW_LENGTHS])
+    cells = {"first": timed(side, (1.0,)), "new-length": timed(side, NEW_LENGTHS)}
+    start = time.perf_counter()
+    if warm and (warmed := side.warmed(seconds)):
+        took = time.perf_counter() - start
+        cells["new-length-warm"] = timed(warmed, NEW_LENGTHS) | {"warm_up_s": took}
     return cells
 
 
@@ -212,7 +219,8 @@ class Benchmark:
             sides |= torch_sides(self._files, place)
         if any(map(self._wanted, FIRST_ROWS)):
             for name, side in sides.items():
-                for row, cell in first_calls(side, asked.seconds).items():
+                warm = self._wanted("new-length-warm")
+                for row, cell in first_calls(side, asked.seconds, warm).items():
                     self._table.put(row, asked.seconds, name, cell)
             self._keep()
         voice = Voice(read_weights(self._files.voice, "voice"), one.engine)

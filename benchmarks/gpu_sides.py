@@ -20,8 +20,8 @@ INDEX_RATE = 0.75
 class Side(Protocol):
     """One program in one precision; every result is on the host when a call returns."""
 
-    def warm_up(self, seconds: float, /) -> bool:
-        """Get ready for any length up to this; False where there is no such thing."""
+    def warmed(self, seconds: float, /) -> Side | None:
+        """Another such, ready for any length up to this; None if it has no such thing."""
 
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """Samples ``[n]`` at 16 kHz to features ``[F, C]``."""
@@ -43,15 +43,17 @@ class Ours:
     """This program."""
 
     def __init__(self, files: common.Models, sides: Sides):
+        self._files, self._sides = files, sides
         self._converter = converter(files, sides)
         self._noise = sides.engine.noise(0)
         rate = INDEX_RATE if files.index else 0.0
         self._options = ConversionOptions(index_rate=rate)
 
-    def warm_up(self, seconds: float, /) -> bool:
+    def warmed(self, seconds: float, /) -> Side:
         """As of ``Side``."""
-        self._converter.warm_up(seconds, self._options)
-        return True
+        other = Ours(self._files, self._sides)
+        other._converter.warm_up(seconds, other._options)
+        return other
 
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""
@@ -101,9 +103,8 @@ class Theirs:
             if self._pipeline.pitch:
                 _compile(self._pipeline.pitch.net, "forward")
 
-    def warm_up(self, _: float, /) -> bool:
+    def warmed(self, _: float, /) -> None:
         """As of ``Side``."""
-        return False
 
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""
