@@ -3,7 +3,7 @@
 One launch computes ``(conv(leaky_relu(x)) + bias + residual + accumulate) * scale``,
 rectified once more if asked, on tensor cores: bfloat16 and float16 as they are, float32
 arrays as TF32 or as float16. Or, up to 128 channels, a whole step of a block, two of them:
-what lies between stays in shared memory; ``step_kernel`` does that sooner on Hopper. A
+what lies between stays in shared memory; on Hopper ``step_kernel`` does it for more. A
 block of threads keeps its input rows, activated, in shared memory. They serve every tap,
 shifted by the dilation, while the weights stream through a ring of stages beside them::
 

@@ -264,7 +264,7 @@ def _unsealed(kept: bytes) -> bytes:
 
 @cache
 def _architecture() -> str:
-    """Of this machine's GPU, as ``"sm_80"``; Hopper's with what no other has."""
+    """Of this machine's GPU, as ``"sm_80"``; of Hopper ``"sm_90a"``, for no other GPU."""
     if not mx.cuda.is_available():
         raise RuntimeError("MLX has no CUDA GPU here")
     told = mx.device_info(mx.gpu)

@@ -1,8 +1,8 @@
 """The residual blocks of a HiFi-GAN vocoder through the hand-written CUDA convolution.
 
 A step of a block is ``x + conv2(leaky_relu(conv1(leaky_relu(x))))``: one launch, or two
-where no kernel takes it at once, instead of two convolutions and five element-wise passes. The mean over
-the blocks of a stage rides on the last launch of each block.
+where no kernel takes it at once, instead of two convolutions and five element-wise passes.
+The mean over the blocks of a stage rides on the last launch of each block.
 """
 
 from __future__ import annotations
@@ -13,17 +13,8 @@ from functools import partial
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx import step_kernel
-from rvc_mlx.conv_kernel import (
-    LONGEST_STEP,
-    WIDEST_STEP,
-    Output,
-    fused_conv,
-    fused_step,
-    pack_step,
-    pack_weight,
-    supports,
-)
+from rvc_mlx import conv_kernel, step_kernel
+from rvc_mlx.conv_kernel import Output, fused_conv, pack_weight, supports
 from rvc_mlx.models.layers import LRELU_SLOPE, ResBlock
 from rvc_mlx.models.nsf_hifigan import HiFiGAN, MRFBlock, average_blocks
 
@@ -73,8 +64,8 @@ def _step(first: nn.Conv1d, second: nn.Conv1d) -> Step:
     if second.dilation == 1:
         if step_kernel.supports(channels, taps, dilation, dtype):
             return partial(step_kernel.fused_step, step=step_kernel.pack_step(*given))
-        if channels <= WIDEST_STEP and taps <= LONGEST_STEP:
-            return partial(fused_step, step=pack_step(*given))
+        if channels <= conv_kernel.WIDEST_STEP and taps <= conv_kernel.LONGEST_STEP:
+            return partial(conv_kernel.fused_step, step=conv_kernel.pack_step(*given))
     return _TwoLaunches(first, second)
 
 

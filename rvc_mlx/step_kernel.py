@@ -15,6 +15,8 @@ that the first has read::
     tap t of the first           [t * dilation ....... t * dilation + M)
     tap t of the second          [t .................. t + M)     of what is between
     outputs                      [0 ........ M - taps + 1)        the others are neighbours'
+
+Half of this long file is the CUDA source, which is one piece with the sizes around it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from rvc_mlx import conv_kernel
-from rvc_mlx.conv_kernel import DTYPES, MAX_SHARED_MEMORY, in_order
+from rvc_mlx.conv_kernel import DTYPES, LONGEST_STEP, MAX_SHARED_MEMORY, in_order
 from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
 
 _BARRIERS = 128  # bytes in front of everything
@@ -108,9 +110,11 @@ __device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
             "selp.u32 %0, 1, 0, p;\n}"
             : "=r"(there) : "r"(barrier), "r"(parity) : "memory");
     } while (!there);
+    __syncwarp();
 }
 
-// A factor in two parts: ``v * high + v * low`` is rounded as ``v * factor`` is.
+// A factor in two parts: ``v * high + v * low`` is rounded as ``v * factor`` is, but for v
+// below .004 in float16, where it may be off by 2.4e-7.
 struct Factor { unsigned high, low; };
 #define STEP_RECTIFIED(T, TYPE)                                                       \
     __device__ __forceinline__ unsigned pair_rectified(T, unsigned v, Factor slope) { \
@@ -213,6 +217,7 @@ const auto fetch = [&](int slot) {
 if (thread == 0) {
     #pragma unroll
     for (int i = 0; i < STAGES; i++) make_barrier(barriers + i * 8);
+    publish();
     #pragma unroll 1
     for (int i = 0; i < STAGES; i++) fetch(i);
 }
@@ -455,7 +460,7 @@ def fits(channels: int, taps: int, dilation: int, dtype: mx.Dtype) -> bool:
     if channels not in TILES or taps % 2 == 0 or dtype not in DTYPES:
         return False
     _, memory = _layout(channels, taps, dilation)
-    return taps < TILES[channels].rows // 2 and memory <= MAX_SHARED_MEMORY
+    return taps <= LONGEST_STEP and dilation > 0 and memory <= MAX_SHARED_MEMORY
 
 
 def pack_step(
@@ -479,11 +484,12 @@ def pack_step(
     """
     C, taps, _ = shape = weights[0].shape
     alike = weights[1].shape == shape and biases[0].shape == biases[1].shape == (C,)
-    if not alike or not fits(C, taps, dilation, dtype):
+    if not (alike and fits(C, taps, dilation, dtype) and 0 < slope <= 1):
         raise ValueError(
             f"weights are {shape} and {weights[1].shape}, biases {biases[0].shape} and "
-            f"{biases[1].shape}, dilation {dilation}; want two of one shape, with an odd "
-            f"number of taps and {list(TILES)} channels, that fit a block's memory"
+            f"{biases[1].shape}, dilation {dilation}, slope {slope:g}; want two of one "
+            f"shape, an odd number of taps up to {LONGEST_STEP}, {list(TILES)} channels, "
+            "what they see within a block's memory, and a slope of 1 at most"
         )
     products = mx.float16 if dtype == mx.float32 else dtype
     parts = [
@@ -587,7 +593,7 @@ def _constants(
 
 
 def _layout(channels: int, taps: int, dilation: int) -> tuple[int, int]:
-    """Rows from one plane to the next, and bytes of a block, the same for all usual steps."""
+    """Rows from plane to plane, and bytes of a block: the same for all usual steps."""
     tile, halo = TILES[channels], (taps - 1) * dilation
     ring = tile.stages * min(_DEPTH, channels) * channels * 2
     planes = _pitch(tile.rows + max(halo, _USUAL_HALO)) * channels * 2

@@ -212,6 +212,14 @@ def test_a_damaged_file_is_made_again(compiler, tmp_path, left):
     assert len(compiler) == 2
 
 
+@pytest.fixture
+def _no_architecture():
+    cuda_kernel._architecture.cache_clear()
+    yield
+    cuda_kernel._architecture.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_architecture")
 @pytest.mark.parametrize(
     ("capability", "name"),
     [((8, 6), "sm_86"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((12, 1), "sm_121")],
@@ -221,9 +229,7 @@ def test_architectures_have_their_names(monkeypatch, capability, name):
     told = {"compute_capability_major": major, "compute_capability_minor": minor}
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda _: told)
-    cuda_kernel._architecture.cache_clear()
     assert cuda_kernel._architecture() == name
-    cuda_kernel._architecture.cache_clear()
 
 
 def test_each_set_of_constants_and_each_gpu_has_its_own(compiler):

@@ -66,9 +66,9 @@ def test_blocks_are_put_together_as_the_model_has_them(
     monkeypatch.setattr(
         fused_blocks, "pack_weight", lambda w, *_, output, products=None: (w, output)
     )
-    monkeypatch.setattr(fused_blocks, "pack_step", lambda *a: made.append(a) or a)
+    monkeypatch.setattr(conv_kernel, "pack_step", lambda *a: made.append(a) or a)
     monkeypatch.setattr(fused_blocks, "fused_conv", plain_conv)
-    monkeypatch.setattr(fused_blocks, "fused_step", plain_step)
+    monkeypatch.setattr(conv_kernel, "fused_step", plain_step)
     blocks = stage(channels, kind)
     x = mx.random.normal((2, 50, channels))
     expected = np.array(average_blocks(x, blocks))

@@ -151,6 +151,26 @@ def tiles(monkeypatch):
         cached.cache_clear()
 
 
+def on_processor(folder, x, step, accumulate):
+    """What the source makes of it, twice; None accumulates nothing."""
+    given = {"x": x, "accumulate": x if accumulate is None else accumulate}
+    given |= {"weight": step.weight, "inner_bias": step.bias[0], "bias": step.bias[1]}
+    for name, a in given.items():
+        bits(a).tofile(folder / name)
+    (B, L, C), taps = x.shape, step.taps
+    pitch, memory = step_kernel._layout(C, taps, step.dilation)
+    blocks = -(-L // (step_kernel.TILES[C].rows - taps + 1))
+    shape = [B, L, taps, step.dilation, pitch, blocks]
+    np.array(shape, np.int32).tofile(folder / "shape")
+    np.array([step.slope, 1 / 3], np.float32).tofile(folder / "numbers")
+    constants = step_kernel._constants(
+        x.dtype, step.weight.dtype, C, accumulate is not None
+    )
+    constants = {**constants, "SHARED_MEMORY": memory}
+    for y in results(folder, constants, _ON_PROCESSOR, x.dtype):
+        yield y.reshape(x.shape)
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulates", [False, True])
@@ -167,26 +187,32 @@ def tiles(monkeypatch):
 def test_the_source_makes_a_step(
     tmp_path, tiles, shape, dilation, tile, dtype, accumulates
 ):
-    B, L, C, taps = shape
-    tiles[C] = tile
+    tiles[shape[2]] = tile
     x, weights, biases, accumulate = step_operands(*shape, dtype)
     options = {"dilation": dilation, "slope": 0.1}
     step = pack_step(weights, biases, dtype, **options)
-    given = {"x": x, "accumulate": accumulate, "weight": step.weight}
-    given |= {"inner_bias": step.bias[0], "bias": step.bias[1]}
-    for name, a in given.items():
-        bits(a).tofile(tmp_path / name)
-    pitch, memory = step_kernel._layout(C, taps, dilation)
-    blocks = -(-L // (tile.rows - taps + 1))
-    np.array([B, L, taps, dilation, pitch, blocks], np.int32).tofile(tmp_path / "shape")
-    np.array([0.1, 1 / 3], np.float32).tofile(tmp_path / "numbers")
-    constants = step_kernel._constants(dtype, step.weight.dtype, C, accumulates)
-    constants = {**constants, "SHARED_MEMORY": memory}
     added = accumulate if accumulates else mx.zeros_like(x)
     with mx.stream(mx.cpu):
         wanted = expected_step(x, weights, biases, added, **options, scale=1 / 3)
-        for y in results(tmp_path, constants, _ON_PROCESSOR, dtype):
-            assert error(y.reshape(x.shape), wanted) < tolerance(dtype)
+        for y in on_processor(tmp_path, x, step, accumulate if accumulates else None):
+            assert error(y, wanted) < tolerance(dtype)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_float16_cannot_hold_is_cut(tmp_path, tiles):
+    tiles[32] = Tile(1, 1, 2, 1, 3)
+    eye = mx.eye(32)[:, None]  # one tap: both convolutions give what they are given
+    biases = mx.full((32,), 3e4), mx.zeros((32,))
+    step = pack_step((eye, eye), biases, mx.float32, 1, 0.1)
+    x = mx.array([[1e6, -1e6, 5e4, -5e4, 1.0, *27 * [0.0]]])[None]
+    with mx.stream(mx.cpu):
+        seen = mx.clip(mx.maximum(x, 0.1 * x), -65504, 65504)
+        between = mx.clip(mx.maximum(seen + 3e4, 0.1 * (seen + 3e4)), -65504, 65504)
+        wanted = (x + between) / 3
+        for y in on_processor(tmp_path, x, step, None):
+            assert mx.isfinite(y).all()
+            assert mx.abs(y - wanted).max() < 20  # of 65504, as float16 rounds
 
 
 @pytest.mark.parametrize("channels", TILES)
@@ -207,21 +233,38 @@ def test_only_what_fits_is_taken():
     assert not fits(16, 3, 1, mx.float16)
     assert not fits(128, 4, 1, mx.float16)
     assert not fits(128, 3, 1, mx.int32)
-    assert not fits(32, 255, 1, mx.float16)  # no outputs of a block's own
+    assert not fits(32, 33, 1, mx.float16)  # neighbours would make too much again
+    assert not fits(32, 3, 0, mx.float16)
     dilation = next(d for d in range(1, 500) if not fits(256, 11, d, mx.float16))
     assert step_kernel._layout(256, 11, dilation - 1)[1] <= MAX_SHARED_MEMORY
     assert step_kernel._layout(256, 11, dilation)[1] > MAX_SHARED_MEMORY
 
 
+@pytest.mark.parametrize(
+    ("capability", "cuda", "wanted"),
+    [((9, 0), True, True), ((9, 0), False, False), ((10, 0), True, False)],
+)
+def test_only_a_hopper_is_served(monkeypatch, capability, cuda, wanted):
+    major, minor = capability
+    told = {"compute_capability_major": major, "compute_capability_minor": minor}
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(mx, "device_info", lambda _: told)
+    assert step_kernel.supports(128, 11, 5, mx.float16) == wanted
+    assert not step_kernel.supports(16, 11, 5, mx.float16)
+
+
 def test_steps_that_do_not_go_together_are_refused():
     one, bias = mx.zeros((32, 3, 32)), mx.zeros((32,))
+    for slope in (0.0, 1.5):
+        with pytest.raises(ValueError, match="a slope of 1 at most"):
+            pack_step((one, one), (bias, bias), mx.float16, 1, slope)
     for *weights, other in (
         (mx.zeros((16, 3, 16)), mx.zeros((16, 3, 16)), mx.zeros((16,))),
         (one, mx.zeros((32, 5, 32)), bias),
         (mx.zeros((32, 4, 32)), mx.zeros((32, 4, 32)), bias),
         (one, one, mx.zeros((16,))),
     ):
-        with pytest.raises(ValueError, match="want two of one shape, with an odd"):
+        with pytest.raises(ValueError, match="want two of one shape, an odd"):
             pack_step(weights, (other, bias), mx.float16, 1, 0.1)
 
 
@@ -249,7 +292,22 @@ def test_arrays_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("k", "dilation"), [(3, 1), (7, 3), (11, 5)])
 @pytest.mark.parametrize("channels", TILES)
 def test_a_step_equals_mlx(channels, k, dilation, dtype):
-    x, weights, biases, accumulate = step_operands(2, 777, channels, k, dtype)
+    check_on_gpu(2, 777, channels, k, dilation, dtype)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", TILES)
+@pytest.mark.parametrize(
+    ("B", "L", "k"), [(1, 1, 1), (3, 5, 11), (1, 0, 7), (70, 3, 3)]
+)
+def test_short_sequences_equal_mlx(channels, B, L, k):
+    whole = 2 * (TILES[channels].rows - k + 1)  # blocks, exactly
+    check_on_gpu(B, L or whole, channels, k, 3, mx.float16)
+
+
+def check_on_gpu(B, L, channels, k, dilation, dtype):
+    x, weights, biases, accumulate = step_operands(B, L, channels, k, dtype)
     options = {"dilation": dilation, "slope": 0.1}
     step = pack_step(weights, biases, dtype, **options)
     for added in (None, accumulate):
