@@ -2,7 +2,8 @@
 
 A window brings the vocoder's receptive field as context on both sides, so the result is
 what decoding the whole segment at once would give, in bounded memory. All are as long as
-the engine lets them be, the last one only as long as needed, in the engine's steps.
+the engine lets them be, the last one only as long as needed, in the engine's steps, or,
+where a segment goes alone, one of the engine's few lengths.
 Segments of one length share the networks' calls, and neighbouring windows of one length.
 """
 
@@ -90,9 +91,8 @@ class Plan:
 
         def drawn(*key: Any) -> Array:
             noise, name, *which = key
-            known = self._drawn.pop(
-                key, None
-            )  # the cache holds it as long as it serves
+            # From here on the cache holds it, as long as it serves.
+            known = self._drawn.pop(key, None)
             return noise.normal(name, *which)[None] if known is None else known
 
         return cache(drawn)

@@ -109,7 +109,7 @@ class WindowSizes(NamedTuple):
     Attributes:
         most: frames.
         step: they are a multiple of it, up to that.
-        few: whether a recording alone has few lengths of them.
+        few: whether a segment alone has few lengths of them.
     """
 
     most: int

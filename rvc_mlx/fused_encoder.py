@@ -61,9 +61,9 @@ def rows_of_features(encoder: ContentVec) -> Rows | None:
         return frames, samples // FIRST_STRIDE - 1  # and of the first convolution
 
     def lengthened(arrays: Sequence[mx.array], rows: int) -> list[mx.array]:
-        (audio,) = arrays
-        # As long as any audio of so many frames.
-        return [zeros_behind(audio, rows * HOP_LENGTH + RECEPTIVE_FIELD - FIRST_STRIDE)]
+        # Samples behind the last frame's are not seen.
+        samples = rows * HOP_LENGTH + RECEPTIVE_FIELD - FIRST_STRIDE
+        return [zeros_behind(arrays[0][:, :samples], samples)]
 
     return Rows(own, lengthened)
 

@@ -30,9 +30,8 @@ from rvc_mlx.steady import OwnRows
 _CHUNK = 64  # input channels held in shared memory at a time
 _PROCESSORS = 132  # that should have two blocks each
 _SMALL_TILE = Tile(2, 2, 2, 2, stages=6)  # 64 places, 32 channels
-_WHOLE_WEIGHTS = (
-    24 * 1024
-)  # bytes; of more, other blocks of a multiprocessor hide barriers
+# Bytes; of more, other blocks of a multiprocessor hide barriers.
+_WHOLE_WEIGHTS = 24 * 1024
 
 _SOURCE = r"""
 using namespace fused_conv;

@@ -315,7 +315,7 @@ class Voice:
         config: its sizes.
         window: most frames of latent that the vocoder takes at once.
         window_step: windows are a multiple of it.
-        few_windows: whether a recording alone has windows of few lengths.
+        few_windows: whether a segment alone has windows of few lengths.
         batch_frames: most frames of several windows that it takes together.
         context: of the window, frames on each side that only serve as context.
         source_context: frames of source beyond the window on each side.
@@ -370,7 +370,7 @@ class Voice:
         return core + 2 * self.context
 
     def plan_window(self, frames: int) -> int:
-        """``window_frames`` for a recording alone: few, whose graphs and kernels are there."""
+        """``window_frames`` for a segment alone: few, whose graphs are soon there."""
         length = self.window_frames(frames)
         if not self.few_windows:
             return length

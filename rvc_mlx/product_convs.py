@@ -112,7 +112,7 @@ class OneOutput(nn.Module):
 
 
 def _rows(batch: int, frames: int) -> int:
-    """Rows of a product for so many frames: for few of them, the library loads few kernels."""
+    """Rows of a product for so many frames: few lengths, for which few kernels load."""
     return few_lengths(frames) if batch == 1 and frames <= _FEW_ROWS else frames
 
 

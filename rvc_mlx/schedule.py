@@ -8,7 +8,8 @@ next. So the recordings of three waves are held, and of a fourth one::
     host    prepare mel |F0 1| prepare mel  prepare mel |F0 2|      finish 1  prepare ...
     device       encode salience 1 prior vocoder 1 encode salience 2, 3 prior vocoder 2
 
-Where the device makes the mel, too, it goes first: mel, salience, encode.
+Where the device makes the mel, too, it goes first. On CUDA the encoder is computed beside
+the pitch net (salience), so the two begin together.
 
 Equal pieces of a wave share a call of a network; its result is what each alone gives, to
 rounding, and exactly that where one goes at a time.

@@ -2,7 +2,7 @@
 
 For each new number of rows a GPU's library takes another kernel, which has to be loaded,
 and the graph has to be built: together that takes longer than a network. So a sequence is
-made as long as one of a few lengths, four an octave::
+made as long as one of a few lengths, some to an octave::
 
     own rows ....... | rows that nobody asked for
 

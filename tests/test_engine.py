@@ -5,10 +5,14 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
+import test_fused_encoder
+import test_fused_prior
+import test_fused_unet
 
 from rvc_mlx import engine as module
 from rvc_mlx.audio import high_pass_spool
@@ -22,7 +26,9 @@ from rvc_mlx.engine import (
     describe_device,
     fingerprint,
 )
+from rvc_mlx.models.contentvec import ContentVec
 from rvc_mlx.models.rmvpe import GRU
+from rvc_mlx.steady import Rows, Steady
 
 SHAPE = (1, 12, 6)
 
@@ -167,6 +173,27 @@ def test_graphs_of_a_network_are_kept_on_cuda(monkeypatch):
     assert isinstance(engine._joined([mx.abs]), Replayed)
     engine._fast_products = False
     assert not isinstance(engine._joined([mx.abs]), Replayed)
+
+
+def test_a_recording_alone_meets_few_lengths_where_a_network_can(monkeypatch):
+    engine = on_cuda(monkeypatch)
+    encoder = ContentVec(test_fused_encoder.CONFIG)
+    net, voice = test_fused_unet.network(), test_fused_prior.voice()
+    steps = [partial(encoder, version="v2"), net.image_features, voice.prior]
+    for step in steps:  # none is quickened
+        assert isinstance(engine._joined([step]), Replayed)
+    asked, rows = [], Rows(lambda x: x.shape[1], lambda arrays, n: arrays)
+    for part, name in (
+        (module.fused_encoder, "rows_of_features"),
+        (module.fused_unet, "rows_of_salience"),
+        (module.fused_prior, "rows_of_prior"),
+    ):
+        monkeypatch.setattr(part, name, lambda n: asked.append(n) or rows)
+    for step in steps:
+        assert isinstance(engine._joined([step]), Steady)
+    assert asked == [encoder, net, voice]
+    for step in (voice.dec, mx.abs):
+        assert isinstance(engine._joined([step]), Replayed)
 
 
 def test_a_loop_over_frames_is_not_kept(monkeypatch):
