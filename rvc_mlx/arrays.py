@@ -99,18 +99,22 @@ def begin(*arrays: Array) -> None:
     mx.async_eval(*(array for array in arrays if isinstance(array, mx.array)))
 
 
-def steady_length(n: int, least: int, most: int) -> int:
+def steady_length(
+    n: int, least: int, most: int | None = None, an_octave: int = 8
+) -> int:
     """``n`` rounded up a little, so that lengths near one another share one length.
 
     A library that plans each new shape anew, as cuDNN does for hundreds of milliseconds a
-    network, then meets eight lengths an octave, and more where steps cannot grow.
+    network, then meets so many lengths an octave, and more where steps cannot grow.
 
     Args:
         n: 1 or more.
         least: the result is a multiple of it; a power of two.
-        most: largest step between lengths; likewise.
+        most: largest step between lengths; likewise; None: they grow for ever.
+        an_octave: lengths where steps grow; a power of two.
     """
-    step = min(max((1 << n.bit_length()) // 16, least), most)
+    step = max((1 << n.bit_length()) // (2 * an_octave), least)
+    step = step if most is None else min(step, most)
     return -(-n // step) * step
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from rvc_mlx.arrays import steady_length
 from rvc_mlx.compiling import Replayed
 
 _LEAST = 8  # rows between lengths
@@ -43,8 +44,7 @@ class Rows:
 
 def few_lengths(n: int, an_octave: int = 4) -> int:
     """``n`` rounded up to one of so many lengths an octave, a multiple of 8."""
-    step = max((1 << n.bit_length()) // (2 * an_octave), _LEAST)
-    return -(-n // step) * step
+    return steady_length(n, _LEAST, an_octave=an_octave)
 
 
 @dataclass(frozen=True)
