@@ -269,7 +269,16 @@ def _architecture() -> str:
         raise RuntimeError("MLX has no CUDA GPU here")
     told = mx.device_info(mx.gpu)
     major, minor = (told[f"compute_capability_{part}"] for part in ("major", "minor"))
-    return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
+    return f"sm_{major}{minor}{'a' if is_hopper() else ''}"
+
+
+def is_hopper() -> bool:
+    """Whether this machine's GPU is one, with products of warpgroups."""
+    if not mx.cuda.is_available():
+        return False
+    told = mx.device_info(mx.gpu)
+    parts = [told.get(f"compute_capability_{part}") for part in ("major", "minor")]
+    return parts == [9, 0]
 
 
 def compile_source(text: str, architecture: str) -> bytes:

@@ -31,7 +31,7 @@ import mlx.core as mx
 
 from rvc_mlx import conv_kernel
 from rvc_mlx.conv_kernel import DTYPES, LONGEST_STEP, MAX_SHARED_MEMORY, in_order
-from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
+from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid, is_hopper
 
 _BARRIERS = 128  # bytes in front of everything
 _DEPTH = 64  # input channels of a stage of the ring, or all that there are
@@ -448,11 +448,7 @@ class PackedStep:
 
 def supports(channels: int, taps: int, dilation: int, dtype: mx.Dtype) -> bool:
     """Whether the kernel computes such a step on this machine's GPU: a Hopper."""
-    if not mx.cuda.is_available():
-        return False
-    told = mx.device_info(mx.gpu)
-    parts = [told.get(f"compute_capability_{part}") for part in ("major", "minor")]
-    return parts == [9, 0] and fits(channels, taps, dilation, dtype)
+    return is_hopper() and fits(channels, taps, dilation, dtype)
 
 
 def fits(channels: int, taps: int, dilation: int, dtype: mx.Dtype) -> bool:
