@@ -218,8 +218,8 @@ class Benchmark:
         if not asked.mlx_only:
             sides |= torch_sides(self._files, place)
         if any(map(self._wanted, FIRST_ROWS)):
+            warm = self._wanted("new-length-warm")
             for name, side in sides.items():
-                warm = self._wanted("new-length-warm")
                 for row, cell in first_calls(side, asked.seconds, warm).items():
                     self._table.put(row, asked.seconds, name, cell)
             self._keep()
