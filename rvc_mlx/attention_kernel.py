@@ -18,7 +18,7 @@ import mlx.core as mx
 
 from rvc_mlx import conv_kernel
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
-from rvc_mlx.steady import OwnRows
+from rvc_mlx.steady import OwnRows, told_kernel
 
 WIDTH = 64  # channels of a head
 _TILE = 64  # queries of a block, and keys that it meets at a time
@@ -227,7 +227,7 @@ def self_attention(qkv: mx.array, heads: int, own: OwnRows | None = None) -> mx.
             f"[B, F, {3 * heads * WIDTH}] for {heads} heads"
         )
     (y,) = _KERNEL(
-        [qkv, mx.zeros((1,), mx.int32) if own is None else own.count],
+        [qkv, told_kernel(own)],
         [((B, F, heads * WIDTH), qkv.dtype)],
         Grid(-(-F // _TILE) * heads, 32 * _WARPS, B, _MEMORY),
         scalars=[F, heads, own is not None, WIDTH**-0.5 * _LOG2_E],

@@ -31,7 +31,7 @@ from rvc_mlx.models.vits import (
     ResidualCouplingFlow,
     ResidualCouplingLayer,
 )
-from rvc_mlx.steady import OwnRows, Rows, own_rows
+from rvc_mlx.steady import OwnRows, Rows, own_rows, told_kernel
 from rvc_mlx.windows import windows
 
 _THREADS = 256  # that make a row of scores
@@ -230,7 +230,7 @@ def relative_softmax(
     memory = -(-4 * keys // _ROW_STEP) * _ROW_STEP if kept else 0
     sizes = {"WINDOW": RELATIVE_WINDOW, "THREADS": _THREADS, "KEPT": kept}
     return _SOFTMAX(
-        [scores, offsets, mx.zeros((1,), mx.int32) if own is None else own.count],
+        [scores, offsets, told_kernel(own)],
         [(scores.shape, scores.dtype), (offsets.shape, scores.dtype)],
         Grid(scores.size // keys, _THREADS, shared_memory=memory),
         scalars=[T, own is not None],

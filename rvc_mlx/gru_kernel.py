@@ -40,7 +40,7 @@ import numpy as np
 
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.models.rmvpe import GRU
-from rvc_mlx.steady import own_rows
+from rvc_mlx.steady import own_rows, told_kernel
 
 log = logging.getLogger("rvc_mlx")
 
@@ -358,7 +358,7 @@ def cuda_gru(gru: GRU) -> Step:
     def scan(projected: mx.array, before: mx.array) -> mx.array:
         B, T, _ = projected.shape
         inputs, own = [projected, recurrent, biases], own_rows()
-        told = mx.zeros((1,), mx.int32) if own is None else own.count
+        told = told_kernel(own)
         (states,) = (_CLUSTER_KERNEL if clusters else _POLLING_KERNEL)(
             [*inputs, told if clusters else before],
             [((B, T, 2 * HIDDEN_SIZE), mx.float32)],

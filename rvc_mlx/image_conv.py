@@ -25,7 +25,7 @@ import mlx.core as mx
 from rvc_mlx import conv_kernel
 from rvc_mlx.conv_kernel import DTYPES, Tile, in_order
 from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
-from rvc_mlx.steady import OwnRows
+from rvc_mlx.steady import OwnRows, told_kernel
 
 _CHUNK = 64  # input channels held in shared memory at a time
 _PROCESSORS = 132  # that should have two blocks each
@@ -289,7 +289,7 @@ def image_conv(
     (y,) = _KERNEL(
         [
             *(x, array, bias, x if shortcut is None else shortcut),
-            mx.zeros((1,), mx.int32) if own is None else own.count,
+            told_kernel(own),
         ],
         [(shape, dtype)],
         Grid(blocks, tile.threads, B, _memory(tile, across, side, inputs)),

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from rvc_mlx.cuda_kernel import CudaKernel
 from rvc_mlx.elementwise import EACH_PACK, PACK, on_cuda, pack_grid
-from rvc_mlx.steady import OwnRows, within
+from rvc_mlx.steady import OwnRows, told_kernel, within
 
 _KERNEL = CudaKernel(
     "windows",
@@ -73,7 +73,7 @@ def windows(
         x = x if own is None else within(x, own.count)
         return _plain(x, taps, stride, before, frames, slope)
     (y,) = _KERNEL(
-        [x, mx.zeros((1,), mx.int32) if own is None else own.count],
+        [x, told_kernel(own)],
         [((B, frames, taps * C), x.dtype)],
         pack_grid(packs),
         scalars=[packs, C // PACK, L, frames, taps, stride, before, limited, slope],
