@@ -33,10 +33,10 @@ from rvc_mlx.models.contentvec import (
     RECEPTIVE_FIELD,
     ContentVec,
 )
+from rvc_mlx.normed_conv import normed_convolution
 from rvc_mlx.steady import Rows, own_rows, within
 from rvc_mlx.windows import windows
 
-_COLUMNS = 16  # of the first product: 10 samples, a one, zeros up to whole 32 bytes
 _LARGEST_STEP = 1 << 11  # frames between lengths that attention meets
 _STEP = 8  # frames from one window of the positional convolution to the next
 
@@ -191,57 +191,6 @@ def strided_product(x: mx.array, weight: mx.array, stride: int) -> mx.array:
     frames = (x.shape[1] - taps) // stride + 1
     seen = windows(x, taps, stride=stride, before=0, frames=frames)
     return seen @ weight.reshape(outputs, -1).T
-
-
-def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.array:
-    """``norm(conv(audio))``.
-
-    Args:
-        audio: ``[B, L, 1]``, L a multiple of the stride.
-        conv: from one channel, its kernel two strides long.
-        norm: ``TimeNorm``.
-
-    Returns:
-        ``[B, L', C]``.
-
-    Raises:
-        ValueError: the sizes are others.
-    """
-    B, L, _ = audio.shape
-    stride, taps = conv.stride, conv.weight.shape[1]
-    if L % stride or taps != 2 * stride:
-        raise ValueError(f"{L} samples, {taps} taps and stride {stride} do not fit")
-    blocks = audio.reshape(B, L // stride, stride)
-    seen = mx.concatenate([blocks[:, :-1], blocks[:, 1:]], axis=-1)  # [B, n, taps]
-    exact, own = seen.astype(mx.float32), own_rows()
-    mean, covariance = _moments(exact, None if own is None else own.count[1:])
-    weight = conv.weight[..., 0].astype(mx.float32)  # [C, taps]
-    variance = ((weight @ covariance) * weight).sum(axis=-1)  # [B, C]
-    scale = norm.weight * mx.rsqrt(variance + norm._eps)
-    shift = norm.bias - (mean @ weight.T) * scale
-    rows = [weight.T * scale[:, None], shift[:, None]]  # [B, taps, C], [B, 1, C]
-    rows.append(mx.zeros((B, _COLUMNS - taps - 1, len(weight))))
-    ones = mx.ones((B, seen.shape[1], 1), seen.dtype)
-    zeros = mx.zeros((B, seen.shape[1], _COLUMNS - taps - 1), seen.dtype)
-    seen = mx.concatenate([seen, ones, zeros], axis=-1)
-    return seen @ mx.concatenate(rows, axis=1).astype(seen.dtype)
-
-
-def _moments(x: mx.array, count: mx.array | None) -> tuple[mx.array, mx.array]:
-    """Mean ``[B, C]`` and covariance ``[B, C, C]`` of the rows of ``[B, T, C]``.
-
-    Args:
-        x: float32.
-        count: of the rows that count, int32 ``[1]``; None for all.
-    """
-    if count is None:
-        mean, rows = x.mean(axis=1), mx.array(x.shape[1])
-        centred = x - mean[:, None]
-    else:
-        rows = count[0]
-        mean = within(x, count).sum(axis=1) / rows
-        centred = within(x - mean[:, None], count)
-    return mean, centred.swapaxes(1, 2) @ centred / rows
 
 
 class WindowedEmbedding(nn.Module):

@@ -19,6 +19,7 @@ from rvc_mlx import (
     fused_unet,
     gru_kernel,
     image_conv,
+    normed_conv,
     step_kernel,
     windows,
 )
@@ -112,6 +113,11 @@ def others():
         yield elementwise.GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
         yield fused_prior.GATE, (dtype,), (dtype,), pack
+        sizes = {"T": dtype, "TAPS": 10, "STRIDE": 5, "COLUMNS": 16, "THREADS": 256}
+        seen = sizes | {"EACH": 4}
+        yield normed_conv._SEEN, (dtype, INT), (dtype, F32), seen
+        rows = (dtype, INT, F32, dtype, dtype, dtype)
+        yield normed_conv._WEIGHTS, rows, (dtype,), sizes
         yield fused_joints._KERNEL, (dtype, dtype, F32), (dtype,), pack
         yield fused_prior._HEADS, (dtype,), 3 * (dtype,), pack | {"WINDOW": 10}
         for kept in (True, False):

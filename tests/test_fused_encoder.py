@@ -109,15 +109,6 @@ def test_windowed_embedding_is_the_convolution(frames, kernel):
     assert np.allclose(quick(x), plain(x), atol=1e-5)
 
 
-def test_normed_layer_is_the_convolution_and_its_norm():
-    layer = ContentVec(CONFIG).feature_extractor.conv_layers[0]
-    layer.layer_norm.weight = mx.random.normal((16,), key=mx.random.key(4))
-    x = audio(4003)[..., None]
-    exact = 1e-5 if mx.default_device() == mx.Device(mx.cpu) else 5e-3  # TF32
-    normed = fused_encoder.normed_convolution(x[:, :4000], layer.conv, layer.layer_norm)
-    assert np.allclose(nn.gelu(normed), layer(x), atol=exact)
-
-
 @pytest.mark.parametrize("length", [400, 719, 720, 16000, 16079, 16413])
 def test_no_convolution_of_the_front_end_is_left_to_a_library(monkeypatch, length):
     def refuse(*_):
@@ -130,9 +121,3 @@ def test_no_convolution_of_the_front_end_is_left_to_a_library(monkeypatch, lengt
     assert found.shape == expected.shape
     exact = 1e-5 if mx.default_device() == mx.Device(mx.cpu) else 5e-3  # TF32
     assert np.allclose(found, expected, atol=exact)
-
-
-def test_sizes_that_do_not_fit_are_refused():
-    conv = nn.Conv1d(1, 4, 9, stride=5)
-    with pytest.raises(ValueError, match="20 samples, 9 taps and stride 5"):
-        fused_encoder.normed_convolution(mx.zeros((1, 20, 1)), conv, None)

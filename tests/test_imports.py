@@ -48,6 +48,7 @@ ORDER = [
         "fused_joints",
         "image_conv",
         "fused_blocks",
+        "normed_conv",
         "fused_encoder",
         "fused_prior",
         "fused_unet",
