@@ -19,15 +19,16 @@ makes them: then a convolution reads zeros behind their own rows.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from rvc_mlx import conv_kernel
+from rvc_mlx import conv_kernel, plane_kernel
+from rvc_mlx import image_conv as warp_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.cuda_kernel import CudaKernel
 from rvc_mlx.elementwise import EACH_PACK, PACK, pack_grid
-from rvc_mlx.image_conv import image_conv, pack_image_weight
 from rvc_mlx.models.rmvpe import (
     RMVPE,
     ConvBlockRes,
@@ -36,6 +37,8 @@ from rvc_mlx.models.rmvpe import (
     ResEncoderBlock,
 )
 from rvc_mlx.steady import Rows, own_rows, within
+
+PackedImageWeight = plane_kernel.PackedImageWeight | warp_kernel.PackedImageWeight
 
 _SEEN = 16  # channels of which nine are the places around one
 _LARGEST_STEP = 256  # rows between lengths: a long recording's chunks waste 1 %
@@ -145,6 +148,21 @@ def _serves_images(network: RMVPE) -> bool:
     sizes = network.config
     narrowest = sizes.n_mels >> sizes.levels
     return _folded(norms) and sizes.base_channels % 16 == 0 and narrowest in (4, 8, 16)
+
+
+def pack_image_weight(weight: mx.array, dtype: mx.Dtype) -> PackedImageWeight:
+    """Weights for the kernel that this machine's GPU is quickest with."""
+    kernel = plane_kernel if plane_kernel.supports() else warp_kernel
+    return kernel.pack_image_weight(weight, dtype)
+
+
+def image_conv(
+    x: mx.array, weight: PackedImageWeight, bias: mx.array, **options: Any
+) -> mx.array:
+    """``relu(conv2d(x) + bias) + shortcut`` by the kernel that the weight is packed for."""
+    if isinstance(weight, plane_kernel.PackedImageWeight):
+        return plane_kernel.image_conv(x, weight, bias, **options)
+    return warp_kernel.image_conv(x, weight, bias, **options)
 
 
 def rows_of_salience(network: RMVPE) -> Rows | None:

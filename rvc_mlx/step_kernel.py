@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from rvc_mlx import conv_kernel
+from rvc_mlx import conv_kernel, warpgroup
 from rvc_mlx.conv_kernel import DTYPES, LONGEST_STEP, MAX_SHARED_MEMORY, in_order
 from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid, is_hopper
 
@@ -39,84 +39,13 @@ _USUAL_HALO = 50  # rows: 11 taps, 5 apart
 _PIECE = 8  # numbers of 16 bits in 16 bytes
 
 
-def _product(channels: int) -> str:
-    """``wgmma`` of 64 rows by so many output channels, both from shared memory."""
-    count = channels // 2
-    sums = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(c[{i}])' for i in range(count))
-    return "".join(
-        f"__device__ __forceinline__ void product({kind}, float (&c)[{count}], "
-        "unsigned long long rows, unsigned long long weights) {\n"
-        '    asm volatile("wgmma.mma_async.sync.aligned.'
-        f"m64n{channels}k16.f32.{name}.{name} "
-        f'{{{sums}}}, %{count}, %{count + 1}, 1, 1, 1, 0, 0;"\n'
-        f'        : {operands} : "l"(rows), "l"(weights));\n}}\n'
-        for kind, name in (("float16", "f16"), ("bfloat16", "bf16"))
-    )
-
-
-_PRODUCTS = {channels: _product(channels) for channels in (32, 64, 128, 256)}
-
-_HEADER = r"""
-namespace step {
-using namespace fused_conv;
-
-__device__ __forceinline__ void begin_products() {
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void end_products() {
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-template <int PENDING>
-__device__ __forceinline__ void wait_for_products() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(PENDING) : "memory");
-}
-// The compiler moves no copy of a sum across this, where products are under way.
-template <int COUNT>
-__device__ __forceinline__ void settle(float (&c)[COUNT]) {
-    #pragma unroll
-    for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i]) :: "memory");
-}
-// What threads have stored is seen by the products behind the next barrier.
-__device__ __forceinline__ void publish() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-// Where a product finds pieces of 8 rows by 16 bytes: the next 8 rows lie behind them, the
-// next 8 channels ``plane`` times 16 bytes on.
-__device__ __forceinline__ unsigned long long described(unsigned address, int plane) {
-    return (unsigned long long)(address >> 4) | (unsigned long long)plane << 16 |
-           8ull << 32;
-}
-
-__device__ __forceinline__ void make_barrier(unsigned barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n"
-                 "fence.mbarrier_init.release.cluster;" :: "r"(barrier) : "memory");
-}
-// Bytes to shared memory, in the background; the barrier is told when they are there.
-__device__ __forceinline__ void copy_bytes(
-    unsigned target, const void* source, int bytes, unsigned barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(barrier), "r"(bytes) : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];"
-                 :: "r"(target), "l"(source), "r"(bytes), "r"(barrier) : "memory");
-}
-// Whether copies of this parity, counted from 0, have come.
-__device__ __forceinline__ void wait_for(unsigned barrier, unsigned parity) {
-    unsigned there;
-    do {
-        asm volatile("{\n.reg .pred p;\n"
-            "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-            "selp.u32 %0, 1, 0, p;\n}"
-            : "=r"(there) : "r"(barrier), "r"(parity) : "memory");
-    } while (!there);
-    __syncwarp();
-}
-
+_HEADER = (
+    warpgroup.HEADER
+    + r"""
 // A factor in two parts: ``v * high + v * low`` is rounded as ``v * factor`` is, but for v
 // below .004 in float16, where it may be off by 2.4e-7.
 struct Factor { unsigned high, low; };
-#define STEP_RECTIFIED(T, TYPE)                                                       \
+#define PAIR_RECTIFIED(T, TYPE)                                                       \
     __device__ __forceinline__ unsigned pair_rectified(T, unsigned v, Factor slope) { \
         unsigned word;                                                                \
         asm("{\n.reg .b32 t;\nmul.rn." TYPE " t, %1, %3;\n"                           \
@@ -124,43 +53,12 @@ struct Factor { unsigned high, low; };
             : "=r"(word) : "r"(v), "r"(slope.high), "r"(slope.low));                  \
         return word;                                                                  \
     }
-STEP_RECTIFIED(float16, "f16x2")
-STEP_RECTIFIED(bfloat16, "bf16x2")
-
-// Few registers are left beside the sums. What comes of ``anew`` is not kept for later, and
-// what is loaded behind ``not_before`` is not loaded sooner.
-__device__ __forceinline__ int anew(int i) { asm volatile("" : "+r"(i)); return i; }
-__device__ __forceinline__ void not_before() { asm volatile("" ::: "memory"); }
+PAIR_RECTIFIED(float16, "f16x2")
+PAIR_RECTIFIED(bfloat16, "bf16x2")
 """
+)
 
-_WORDS = r"""
-template <int COUNT> struct alignas(16) Floats { float v[COUNT]; };
-struct alignas(16) Words { unsigned w[4]; };
-
-// Sixteen bytes of float32, or of 16 bits each.
-__device__ __forceinline__ Words packed(float, const float (&v)[4]) {
-    return {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
-            __float_as_uint(v[3])};
-}
-template <class T>
-__device__ __forceinline__ Words packed(T, const float (&v)[8]) {
-    return {pair(T(), v[0], v[1]), pair(T(), v[2], v[3]), pair(T(), v[4], v[5]),
-            pair(T(), v[6], v[7])};
-}
-// Number ``e`` of them.
-__device__ __forceinline__ float number(float, const Words& words, int e) {
-    return __uint_as_float(words.w[e]);
-}
-__device__ __forceinline__ float number(bfloat16, const Words& words, int e) {
-    const unsigned word = words.w[e / 2];
-    return __uint_as_float(e % 2 ? word & 0xffff0000u : word << 16);
-}
-__device__ __forceinline__ float number(float16, const Words& words, int e) {
-    float16 half;
-    half.bits = words.w[e / 2] >> e % 2 * 16;
-    return half;
-}
-
+_PIECE_TEXT = r"""
 // Eight channels of a row as they lie in memory, and as products take them.
 template <class T> struct Piece {
     Words words;
@@ -190,7 +88,7 @@ template <> struct Piece<float> {
 """
 
 _SOURCE = r"""
-using namespace step;
+using namespace warpgroup;
 constexpr int M = GROUPS * BLOCKS * 64, THREADS = 128 * GROUPS, PLANES = CHANNELS / 8;
 constexpr int PARTS = CHANNELS / DEPTH, STAGE = DEPTH * CHANNELS * 2;  // bytes
 constexpr int FRONT = BARRIERS + 2 * CHANNELS * 4;
@@ -559,9 +457,10 @@ def _kernel(channels: int) -> CudaKernel:
         ),
         conv_kernel.HEADER
         + _HEADER
-        + _PRODUCTS[channels]
-        + _WORDS
-        + "}  // namespace step\n",
+        + warpgroup.product(channels)
+        + warpgroup.WORDS
+        + _PIECE_TEXT
+        + "}  // namespace warpgroup\n",
         f"__launch_bounds__({tile.threads}, {tile.together})",
     )
 

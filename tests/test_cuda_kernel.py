@@ -20,6 +20,7 @@ from rvc_mlx import (
     gru_kernel,
     image_conv,
     normed_conv,
+    plane_kernel,
     step_kernel,
     windows,
 )
@@ -92,6 +93,20 @@ def images():
             yield image_conv._KERNEL, inputs, (dtype,), constants
 
 
+def planes():
+    for dtype, products in ((F32, F16), (F16, F16), (BF16, BF16)):
+        for inputs, outputs, side in (
+            (16, 16, 3),
+            (64, 32, 3),
+            (512, 64, 3),
+            (32, 64, 2),
+        ):
+            tile = plane_kernel.Tile(2, 2, outputs)
+            constants = plane_kernel._constants(dtype, products, tile, side, inputs)
+            given = (dtype, products, F32, dtype, INT)
+            yield plane_kernel._kernel(outputs), given, (dtype,), constants
+
+
 def others():
     for dtype in (F16, BF16):
         attention = {"T": dtype, **attention_kernel._SIZES}
@@ -137,7 +152,9 @@ def compiles(kernel, inputs, outputs, constants, architecture):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("case", [*convolutions(), *steps(), *images(), *others()])
+@pytest.mark.parametrize(
+    "case", [*convolutions(), *steps(), *images(), *planes(), *others()]
+)
 def test_every_kernel_compiles_for_an_h100(case):
     compiles(*case, "sm_90a")
 
