@@ -17,6 +17,7 @@ not there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -25,7 +26,8 @@ import numpy as np
 
 from rvc_mlx import attention_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
-from rvc_mlx.elementwise import gelu
+from rvc_mlx.cuda_kernel import Constant, CudaKernel
+from rvc_mlx.elementwise import EACH_PACK, PACK, gelu, on_cuda, pack_grid
 from rvc_mlx.fused_norm import added_norm
 from rvc_mlx.models.contentvec import (
     FIRST_STRIDE,
@@ -39,6 +41,54 @@ from rvc_mlx.windows import windows
 
 _LARGEST_STEP = 1 << 11  # frames between lengths that attention meets
 _STEP = 8  # frames from one window of the positional convolution to the next
+# A thread takes eight channels of a group at one place of a window.
+_SEEN = CudaKernel(
+    "grouped_windows",
+    ("x", "own"),
+    ("y",),
+    EACH_PACK
+    + r"""
+const int channel = i % each, place = i % width / each, window = i / width;
+const int group = window / (B * count), b = window / count % B;
+const int frame = window % count * STEP + place - padding;
+const int last = limited ? own[0] : F;
+Pack out;
+#pragma unroll
+for (int k = 0; k < PACK; k++) out.v[k] = T(0.f);
+if (frame >= 0 && frame < last)
+    out = ((const Pack*)x)[(size_t)(b * F + frame) * all + group * each + channel];
+((Pack*)y)[i] = out;
+""",
+    (
+        *(("packs", "int"), ("B", "int"), ("F", "int"), ("count", "int")),
+        *(("width", "int"), ("all", "int"), ("each", "int"), ("padding", "int")),
+        ("limited", "int"),
+    ),
+)
+_TOGETHER = CudaKernel(
+    "groups_together",
+    ("x", "bias"),
+    ("y",),
+    EACH_PACK
+    + r"""
+const int channel = i % all, row = i / all, frame = row % F, b = row / F;
+const int group = channel / each, window = (group * B + b) * count + frame / STEP;
+const Pack in = ((const Pack*)x)[((size_t)window * STEP + frame % STEP) * each +
+                                 channel % each];
+const Pack offset = ((const Pack*)bias)[channel];
+Pack out;
+#pragma unroll
+for (int k = 0; k < PACK; k++) {
+    const float v = float(in.v[k]) + float(offset.v[k]);
+    out.v[k] = T(v * (0.5f + 0.5f * erff(v * 0.70710678f)));
+}
+((Pack*)y)[i] = out;
+""",
+    (
+        *(("packs", "int"), ("B", "int"), ("F", "int"), ("count", "int")),
+        *(("all", "int"), ("each", "int")),
+    ),
+)
 
 
 def quicken(encoder: ContentVec) -> None:
@@ -142,8 +192,6 @@ class SteadyEncoder(nn.Module):
 
     def __call__(self, x: mx.array, num_layers: int) -> mx.array:
         """See ``Encoder``."""
-        own = own_rows()
-        x = x if own is None else within(x, own.count)
         x = _ended(x, self.pos_conv_embed(x), self.layer_norm)
         if self.any_length:
             return self._through(x, None, num_layers)
@@ -223,7 +271,37 @@ class WindowedEmbedding(nn.Module):
         self.bias = layer.conv.bias
 
     def __call__(self, x: mx.array) -> mx.array:
-        """``[B, F, C]`` to ``[B, F, C]``."""
+        """``[B, F, C]`` to ``[B, F, C]``; frames behind the own rows are not seen."""
+        B, F, C = x.shape
+        G, own = self._groups, own_rows()
+        count = -(-F // _STEP)
+        shape = (G, B * count, self._blocks * _STEP * C // G)
+        packs = max(math.prod(shape), G * B * count * _STEP * C // G) // PACK
+        if not on_cuda() or C // G % PACK or packs >= 1 << 31:
+            x = x if own is None else within(x, own.count)
+            return self._put_together(self._seen(x, shape) @ self.weight, B, F)
+        sizes: dict[str, Constant] = {"T": x.dtype, "PACK": PACK, "STEP": _STEP}
+        (seen,) = _SEEN(
+            [x, mx.zeros((1,), mx.int32) if own is None else own.count],
+            [(shape, x.dtype)],
+            pack_grid(math.prod(shape) // PACK),
+            scalars=[
+                *(math.prod(shape) // PACK, B, F, count, shape[2] // PACK),
+                *(C // PACK, C // G // PACK, self._padding, own is not None),
+            ],
+            constants=sizes,
+        )
+        (y,) = _TOGETHER(
+            [seen @ self.weight, self.bias],
+            [(x.shape, x.dtype)],
+            pack_grid(x.size // PACK),
+            scalars=[x.size // PACK, B, F, count, C // PACK, C // G // PACK],
+            constants=sizes,
+        )
+        return y
+
+    def _seen(self, x: mx.array, shape: tuple[int, int, int]) -> mx.array:
+        """Windows of each group, one behind another."""
         B, F, C = x.shape
         G, S = self._groups, _STEP * C // self._groups
         count = -(-F // _STEP)
@@ -232,10 +310,11 @@ class WindowedEmbedding(nn.Module):
         x = mx.pad(x, [(0, 0), (self._padding, behind), (0, 0)])
         x = x.reshape(B, rows, _STEP, G, C // G).transpose(3, 0, 1, 2, 4)
         x = mx.contiguous(x)
-        width = self._blocks * S
-        x = mx.as_strided(
-            x, (G, B, count, width), (B * rows * S, rows * S, S, 1)
-        ).reshape(G, B * count, width)
-        y = (x @ self.weight).reshape(G, B, count, _STEP, C // G)
-        y = y.transpose(1, 2, 3, 0, 4).reshape(B, count * _STEP, C)[:, :F]
+        steps = (B * rows * S, rows * S, S, 1)
+        return mx.as_strided(x, (G, B, count, shape[2]), steps).reshape(shape)
+
+    def _put_together(self, y: mx.array, B: int, F: int) -> mx.array:
+        """What the groups make, side by side."""
+        y = y.reshape(self._groups, B, -(-F // _STEP), _STEP, -1)
+        y = y.transpose(1, 2, 3, 0, 4).flatten(-2).flatten(1, 2)[:, :F]
         return gelu(y + self.bias)

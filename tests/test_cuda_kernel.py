@@ -13,6 +13,7 @@ from rvc_mlx import (
     cuda_kernel,
     device_high_pass,
     elementwise,
+    fused_encoder,
     fused_joints,
     fused_norm,
     fused_prior,
@@ -131,6 +132,9 @@ def others():
         sizes = {"T": dtype, "TAPS": 10, "STRIDE": 5, "COLUMNS": 16, "THREADS": 256}
         seen = sizes | {"EACH": 4}
         yield normed_conv._SEEN, (dtype, INT), (dtype, F32), seen
+        groups = pack | {"STEP": 8}
+        yield fused_encoder._SEEN, (dtype, INT), (dtype,), groups
+        yield fused_encoder._TOGETHER, (dtype, dtype), (dtype,), groups
         rows = (dtype, INT, F32, dtype, dtype, dtype)
         yield normed_conv._WEIGHTS, rows, (dtype,), sizes
         yield fused_joints._KERNEL, (dtype, dtype, F32), (dtype,), pack

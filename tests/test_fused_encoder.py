@@ -1,13 +1,18 @@
 """The encoder as a GPU computes it best is the encoder."""
 
+import math
+from contextlib import nullcontext
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from cuda_on_processor import bits, needs_compiler, results
 
 from rvc_mlx import attention_kernel, fused_encoder
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
 from rvc_mlx.models.contentvec import PositionalConvEmbedding as Embedding
+from rvc_mlx.steady import OwnRows, telling
 
 CONFIG = ContentVecConfig(
     conv_dim=16,
@@ -107,6 +112,82 @@ def test_windowed_embedding_is_the_convolution(frames, kernel):
     quick = fused_encoder.WindowedEmbedding(plain)
     x = mx.random.normal((3, frames, 32), key=mx.random.key(3))
     assert np.allclose(quick(x), plain(x), atol=1e-5)
+
+
+_ON_PROCESSOR = (
+    r"""
+#define __device__
+static Index blockDim;
+void see(const T* x, const int* own, T* y, int packs, int B, int F, int count, int width,
+         int all, int each, int padding, int limited) {
+"""
+    + fused_encoder._SEEN.source
+    + r"""
+}
+void join(const T* x, const T* bias, T* y, int packs, int B, int F, int count, int all,
+          int each) {
+"""
+    + fused_encoder._TOGETHER.source
+    + r"""
+}
+int main(int, char**) {
+    auto n = read_array<int>("scalars");
+    auto x = read_array<T>("x"), bias = read_array<T>("bias");
+    auto own = read_array<int>("own");
+    std::vector<T> y(OUTPUT, T(NAN));
+    body = [&] {
+        if (SEES)
+            see(x.data(), own.data(), y.data(), n[0], n[1], n[2], n[3], n[4], n[5], n[6],
+                n[7], n[8]);
+        else
+            join(x.data(), bias.data(), y.data(), n[0], n[1], n[2], n[3], n[4], n[5]);
+    };
+    blockDim = {32, 1, 1};
+    for (unsigned i = 0; i < (n[0] + 31) / 32; i++) {
+        blockIdx = {i, 0, 0};
+        run_block(32, 0);
+    }
+    FILE* file = fopen("y", "wb");
+    fwrite(y.data(), sizeof(T), y.size(), file);
+    fclose(file);
+}
+"""
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("last", [None, 20])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_the_sources_see_and_join_groups(tmp_path, monkeypatch, dtype, last):
+    sizes = {**vars(CONFIG), "pos_conv_kernel": 16}
+    plain = Embedding(ContentVecConfig(**sizes))
+    plain.conv.bias = mx.random.normal((32,), key=mx.random.key(2))
+    quick = fused_encoder.WindowedEmbedding(plain)
+    quick.set_dtype(dtype)
+    x = mx.random.normal((2, 27, 32), key=mx.random.key(3)).astype(dtype)
+    own = None if last is None else OwnRows(mx.array([last], mx.int32), 27)
+    with nullcontext() if own is None else telling(own):
+        expected = quick(x).astype(mx.float32)[:, :last]
+
+    def launch(self, inputs, outputs, grid, *, scalars, constants):
+        """On the processor."""
+        ((shape, kind),) = outputs
+        assert grid.blocks * grid.threads >= scalars[0] == math.prod(shape) // 8
+        sees = self is fused_encoder._SEEN
+        names = ("x", "own") if sees else ("x", "bias")
+        for name, a in zip(names, inputs, strict=True):
+            bits(a).tofile(tmp_path / name)
+        np.array([int(n) for n in scalars], np.int32).tofile(tmp_path / "scalars")
+        told = {**constants, "SEES": sees, "OUTPUT": math.prod(shape)}
+        *_, y = results(tmp_path, told, _ON_PROCESSOR, kind)
+        return [y.reshape(shape)]
+
+    np.zeros(1, np.float32).tofile(tmp_path / "bias")
+    monkeypatch.setattr(fused_encoder, "on_cuda", lambda: True)
+    monkeypatch.setattr(fused_encoder.CudaKernel, "__call__", launch)
+    with nullcontext() if own is None else telling(own):
+        found = quick(x).astype(mx.float32)[:, :last]
+    assert np.allclose(found, expected, atol=1e-5 if dtype == mx.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("length", [400, 719, 720, 16000, 16079, 16413])
