@@ -31,7 +31,7 @@ from rvc_mlx.models.rmvpe import GRU
 
 # Words in a kernel's name, in the order in which they decide.
 FAMILIES = {
-    "own convolution": ("fused_conv", "residual_step", "image_conv"),
+    "own convolution": ("fused_conv", "residual_step", "image_conv", "plane_conv"),
     "own GRU": ("gru",),
     "attention": ("sdpa", "attention", "flash"),
     "convolution": ("conv", "dgrad", "wgrad", "fprop", "winograd", "im2col", "unfold"),
@@ -39,12 +39,15 @@ FAMILIES = {
     "norm, softmax": ("norm", "softmax"),
     "reduction": ("reduce", "scan", "arg"),
     "Fourier transform": ("fft",),
-    "copy": ("copy", "memcpy", "memset", "transpose", "nchw", "nhwc", "windows"),
+    "copy": (
+        *("copy", "memcpy", "memset", "transpose", "nchw", "nhwc", "windows"),
+        "seen_samples",
+    ),
     "gather": ("gather", "scatter", "index"),
     "random": ("random", "rbits"),
     "element-wise": (
         *("unary", "binary", "ternary", "elementwise", "arange", "compiled"),
-        *("gelu", "gate", "joined", "pooled"),
+        *("gelu", "gate", "joined", "pooled", "groups_together", "normed_weights"),
     ),
 }
 STAGES = (

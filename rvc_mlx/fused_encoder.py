@@ -36,7 +36,7 @@ from rvc_mlx.models.contentvec import (
     ContentVec,
 )
 from rvc_mlx.normed_conv import normed_convolution
-from rvc_mlx.steady import Rows, own_rows, within
+from rvc_mlx.steady import Rows, own_rows, told_kernel, within
 from rvc_mlx.windows import windows
 
 _LARGEST_STEP = 1 << 11  # frames between lengths that attention meets
@@ -277,12 +277,13 @@ class WindowedEmbedding(nn.Module):
         count = -(-F // _STEP)
         shape = (G, B * count, self._blocks * _STEP * C // G)
         packs = max(math.prod(shape), G * B * count * _STEP * C // G) // PACK
-        if not on_cuda() or C // G % PACK or packs >= 1 << 31:
+        alike = self.weight.dtype == self.bias.dtype == x.dtype
+        if not (on_cuda() and alike) or C // G % PACK or packs >= 1 << 31:
             x = x if own is None else within(x, own.count)
             return self._put_together(self._seen(x, shape) @ self.weight, B, F)
         sizes: dict[str, Constant] = {"T": x.dtype, "PACK": PACK, "STEP": _STEP}
         (seen,) = _SEEN(
-            [x, mx.zeros((1,), mx.int32) if own is None else own.count],
+            [x, told_kernel(own)],
             [(shape, x.dtype)],
             pack_grid(math.prod(shape) // PACK),
             scalars=[

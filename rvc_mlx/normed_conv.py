@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
 from rvc_mlx.elementwise import on_cuda
-from rvc_mlx.steady import OwnRows, own_rows, within
+from rvc_mlx.steady import OwnRows, own_rows, told_kernel, within
 
 _COLUMNS = 16  # of the product: what taps see, a one, zeros up to whole 32 bytes
 _THREADS = 256
@@ -34,7 +34,10 @@ _COUNTED = r"""
 constexpr int SUMS = TAPS + TAPS * (TAPS + 1) / 2;
 const int counted = limited ? min(own[1], frames) : frames;
 const T* const audio = x + (size_t)blockIdx.y * L;
-const float middle = float(audio[counted / 2 * STRIDE]);  // squares of less lose less
+float middle = 0.f;  // about the mean: squares of what is far from it would hide the others
+#pragma unroll
+for (int i = 0; i < 16; i++)
+    middle += float(audio[(long long)counted * i / 16 * STRIDE]) * (1.f / 16);
 """
 _SEEN = CudaKernel(
     "seen_samples",
@@ -171,7 +174,7 @@ def _on_cuda(
     (C, taps, _), stride = conv.weight.shape, conv.stride
     frames, sums = L // stride - 1, taps + taps * (taps + 1) // 2
     blocks = -(-frames // (_THREADS * _EACH))
-    count = mx.zeros((2,), mx.int32) if own is None else own.count
+    count = told_kernel(own)
     constants: dict[str, Constant] = {"T": dtype, "TAPS": taps, "STRIDE": stride}
     constants |= {"COLUMNS": _COLUMNS, "THREADS": _THREADS}
     seen, partial = _SEEN(

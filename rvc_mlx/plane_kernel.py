@@ -27,14 +27,15 @@ import mlx.core as mx
 
 from rvc_mlx import conv_kernel, warpgroup
 from rvc_mlx.conv_kernel import DTYPES, in_order
-from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
-from rvc_mlx.steady import OwnRows
+from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid, is_hopper
+from rvc_mlx.steady import OwnRows, told_kernel
 
 _BARRIERS = 128  # bytes in front of everything
 _CHUNK = 64  # input channels in shared memory at a time
 _WHOLE_WEIGHTS = 24 * 1024  # bytes: up to that, all taps are one stage
 _THREADS = 128
 _PROCESSORS = 132
+_MOST_IMAGES = 65535  # of a launch
 _PIECE = 8  # numbers of 16 bits in 16 bytes
 
 _SOURCE = r"""
@@ -133,7 +134,6 @@ unsigned parity = 0;
 load_chunk(0, seen);
 #pragma unroll 1
 for (int chunk = 0; chunk < inputs / CHUNK; chunk++) {
-    wait_for_products<0>();
     wait<0>();
     publish();
     __syncthreads();
@@ -163,6 +163,7 @@ for (int chunk = 0; chunk < inputs / CHUNK; chunk++) {
             wait_for_products<1>();
             __syncthreads();
             if (thread == 0) fetch(slot == 0 ? STAGES - 1 : slot - 1);
+            __syncwarp();
         }
         // All have read the chunk before: its place is free.
         if (first == 0 && (chunk + 1) * CHUNK < inputs)
@@ -178,31 +179,42 @@ wait_for_products<0>();
 for (int m = 0; m < BLOCKS; m++) settle(sum[m]);
 
 // The packed weights are ordered so that a lane holds VECTOR neighbouring channels.
-constexpr int VECTOR = GROUP * 2;
+constexpr int VECTOR = GROUP * 2, VECTORS = COLUMNS / (4 * VECTOR);
 struct alignas(VECTOR * sizeof(T)) Vector { T v[VECTOR]; };
-const int across = anew(left + lane / 4), column_of_lane = column_block * COLUMNS +
-    lane % 4 * VECTOR;
+const int across = anew(left + lane / 4), down = anew(top + warp * 2);
+const int column = column_block * COLUMNS + lane % 4 * VECTOR;
+float offset[VECTORS][VECTOR];
+#pragma unroll
+for (int q = 0; q < VECTORS; q++)
+    #pragma unroll
+    for (int e = 0; e < VECTOR; e++) {
+        const int c = column + q * 4 * VECTOR + e;
+        offset[q][e] = c < outputs ? bias[c] : 0.f;
+    }
 #pragma unroll
 for (int m = 0; m < BLOCKS; m++)
     #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const int t = top + m / WIDE * 8 + warp * 2 + r, place = across + m % WIDE * 8;
+        const int t = down + m / WIDE * 8 + r, place = across + m % WIDE * 8;
         if (t >= height || place >= width) continue;
-        const size_t at = ((batch_row + t) * width + place) * outputs + column_of_lane;
+        const size_t at = ((batch_row + t) * width + place) * outputs + column;
+        Vector added[VECTORS];
         #pragma unroll
-        for (int q = 0; q < COLUMNS / (GROUP * 8); q++) {
-            const int column = column_of_lane + q * (GROUP * 8);
-            if (column >= outputs) continue;
-            Vector added, result;
-            if (has_shortcut) added = *(const Vector*)(shortcut + at + q * (GROUP * 8));
+        for (int q = 0; q < VECTORS; q++)
+            if (SHORTCUT && column + q * 4 * VECTOR < outputs)
+                added[q] = *(const Vector*)(shortcut + at + q * 4 * VECTOR);
+        #pragma unroll
+        for (int q = 0; q < VECTORS; q++) {
+            Vector result;
             #pragma unroll
             for (int e = 0; e < VECTOR; e++) {
-                float v = sum[m][(q * GROUP + e / 2) * 4 + r * 2 + e % 2] + bias[column + e];
+                float v = sum[m][(q * GROUP + e / 2) * 4 + r * 2 + e % 2] + offset[q][e];
                 if (rectify) v = fmaxf(v, 0.f);
-                if (has_shortcut) v += float(added.v[e]);
+                if (SHORTCUT) v += float(added[q].v[e]);
                 result.v[e] = T(v);
             }
-            *(Vector*)(y + at + q * (GROUP * 8)) = result;
+            if (column + q * 4 * VECTOR < outputs)
+                *(Vector*)(y + at + q * 4 * VECTOR) = result;
         }
         not_before();
     }
@@ -224,13 +236,8 @@ class Tile(NamedTuple):
     tall: int
     wide: int
     columns: int
-    stages: int = 4
+    stages: int = 3
     batch: int = 8
-
-    @property
-    def places(self) -> int:
-        """Of a block."""
-        return 64 * self.tall * self.wide
 
 
 @dataclass(frozen=True)
@@ -261,10 +268,7 @@ class PackedImageWeight:
 
 def supports() -> bool:
     """Whether this machine's GPU is a Hopper."""
-    if not mx.cuda.is_available():
-        return False
-    told = mx.device_info(mx.gpu)
-    return [told.get(f"compute_capability_{p}") for p in ("major", "minor")] == [9, 0]
+    return is_hopper()
 
 
 def fits(inputs: int, outputs: int, side: int) -> bool:
@@ -339,15 +343,17 @@ def image_conv(
     (y,) = _kernel(tile.columns)(
         [
             *(x, weight.array, bias, x if shortcut is None else shortcut),
-            mx.zeros((1,), mx.int32) if own is None else own.count,
+            told_kernel(own),
         ],
         [(shape, dtype)],
         Grid(blocks, _THREADS, B, _memory(tile, side, inputs)),
         scalars=[
-            *(T, M, inputs, weight.outputs, padded, shortcut is not None, rectify),
+            *(T, M, inputs, weight.outputs, padded, rectify),
             0 if own is None else own.of // T,
         ],
-        constants=_constants(dtype, weight.array.dtype, tile, side, inputs),
+        constants=_constants(
+            *(dtype, weight.array.dtype, tile, side, inputs), shortcut is not None
+        ),
     )
     return y
 
@@ -359,7 +365,7 @@ def choose_tile(images: int, height: int, width: int, columns: int, times: int) 
         down, across = -(-height // (8 * tall)), -(-width // (8 * wide))
         if images * down * across * times >= 2 * _PROCESSORS:
             break
-    return Tile(tall, wide, columns)
+    return Tile(tall, wide, columns, batch=16 if tall == 1 else 8)
 
 
 def _group(columns: int, dtype: mx.Dtype) -> int:
@@ -408,8 +414,8 @@ def _kernel(columns: int) -> CudaKernel:
         _SOURCE,
         (
             *(("height", "int"), ("width", "int"), ("inputs", "int")),
-            *(("outputs", "int"), ("padded", "int"), ("has_shortcut", "int")),
-            *(("rectify", "int"), ("apart", "int")),
+            *(("outputs", "int"), ("padded", "int"), ("rectify", "int")),
+            ("apart", "int"),
         ),
         conv_kernel.HEADER
         + warpgroup.HEADER
@@ -422,7 +428,12 @@ def _kernel(columns: int) -> CudaKernel:
 
 @cache
 def _constants(
-    dtype: mx.Dtype, products: mx.Dtype, tile: Tile, side: int, inputs: int
+    dtype: mx.Dtype,
+    products: mx.Dtype,
+    tile: Tile,
+    side: int,
+    inputs: int,
+    shortcut: bool,
 ) -> Mapping[str, Constant]:
     """What the kernel is compiled for; the rest is told at run time."""
     return MappingProxyType(
@@ -438,6 +449,7 @@ def _constants(
             "STAGES": _stages(tile, side, inputs),
             "SPACE": _space(tile, side),
             "GROUP": _group(tile.columns, dtype),
+            "SHORTCUT": shortcut,
             "BATCH": tile.batch * products.size // dtype.size,
             "THREADS": _THREADS,
             "BARRIERS": _BARRIERS,
@@ -454,8 +466,10 @@ def _check(
     """Refuse arrays that the kernel would read wrongly."""
     given, dtype, array = x.shape, x.dtype, weight.array
     products = mx.float16 if dtype == mx.float32 else dtype
-    if len(given) != 4 or 0 in given or dtype not in DTYPES:
-        raise ValueError(f"x is {dtype} {given}; want [B, T, M, C] of {DTYPES}")
+    if len(given) != 4 or 0 in given or dtype not in DTYPES or given[0] > _MOST_IMAGES:
+        raise ValueError(
+            f"x is {dtype} {given}; want [B, T, M, C] of {DTYPES}, B {_MOST_IMAGES} at most"
+        )
     if array.dtype != products or weight.inputs != given[3]:
         raise ValueError(f"weight is {array.dtype} {array.shape} for x {dtype} {given}")
     if bias.shape != (weight.outputs,) or bias.dtype != mx.float32:

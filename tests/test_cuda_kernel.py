@@ -103,7 +103,9 @@ def planes():
             (32, 64, 2),
         ):
             tile = plane_kernel.Tile(2, 2, outputs)
-            constants = plane_kernel._constants(dtype, products, tile, side, inputs)
+            constants = plane_kernel._constants(
+                *(dtype, products, tile, side, inputs), True
+            )
             given = (dtype, products, F32, dtype, INT)
             yield plane_kernel._kernel(outputs), given, (dtype,), constants
 

@@ -89,6 +89,7 @@ def test_images_go_through_kernels_alone(monkeypatch, rows, dtype):
     mel = (3 + mx.random.normal((2, rows, 16))).astype(dtype)
     expected = net.image_features(mel).astype(mx.float32)
     monkeypatch.setattr(fused_unet.conv_kernel, "supports", lambda *_: True)
+    monkeypatch.setattr(fused_unet.plane_kernel, "supports", lambda: False)
     monkeypatch.setattr(fused_unet, "image_conv", plain_image_conv)
     monkeypatch.setattr(fused_unet, "pooled", nn.AvgPool2d(2, stride=2))
     fused_unet.quicken(net, short=True)

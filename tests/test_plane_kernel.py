@@ -18,7 +18,7 @@ _ON_PROCESSOR = (
 }  // namespace warpgroup
 void kernel(const T* x, const P* weight, const float* bias, const T* shortcut,
             const int* told, T* y, int height, int width, int inputs, int outputs,
-            int padded, int has_shortcut, int rectify, int apart) {
+            int padded, int rectify, int apart) {
 """
     + as_on_processor(plane_kernel._SOURCE)
     + r"""
@@ -33,7 +33,7 @@ int main(int, char** arguments) {
     std::vector<T> y(n[0] * n[2] * n[3] * n[5], T(NAN));
     body = [&] {
         kernel(x.data(), weight.data(), bias.data(), shortcut.data(), told.data(), y.data(),
-               n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]);
+               n[2], n[3], n[4], n[5], n[6], n[7], n[8]);
     };
     for (unsigned b = 0; b < (unsigned)n[0]; b++)
         for (unsigned i = 0; i < (unsigned)n[1]; i++) {
@@ -120,7 +120,7 @@ def test_tiles_are_as_large_as_leaves_none_idle():
         (64, 64, 2, 2),
     ):
         tile = plane_kernel.Tile(tall, wide, columns)
-        assert 1 * (plane_kernel._memory(tile, 3, inputs) + 1024) <= 228 * 1024
+        assert 2 * (plane_kernel._memory(tile, 3, inputs) + 1024) <= 228 * 1024
         assert plane_kernel._stages(tile, 3, inputs) * 8 <= plane_kernel._BARRIERS
 
 
@@ -153,6 +153,12 @@ def test_what_it_does_not_serve_is_refused():
         *((2, 77, 128, 16, 16, 3), (1, 40, 64, 32, 32, 3), (1, 24, 32, 128, 64, 3)),
         *((2, 50, 4, 512, 512, 3), (1, 33, 8, 256, 512, 2), (1, 300, 128, 32, 16, 1)),
         *((1, 544, 128, 32, 32, 3), (1, 544, 128, 64, 32, 3), (1, 544, 128, 16, 16, 3)),
+        # Large tiles with several chunks, and a width that is no multiple of them.
+        *(
+            (1, 544, 128, 128, 64, 3),
+            (1, 544, 128, 192, 128, 2),
+            (1, 100, 24, 128, 72, 3),
+        ),
     ],
 )
 @pytest.mark.parametrize("bare", [False, True])
@@ -164,3 +170,17 @@ def test_convolution_equals_mlx(shape, dtype, bare):
         mx.eval(wanted)
     y = image_conv(x, pack_image_weight(weight, dtype), bias, **options)
     assert error(y, wanted) < (8e-3 if dtype == mx.bfloat16 else 2e-3)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_rows_behind_its_own_are_not_seen_on_a_gpu(side):
+    x, weight, bias, shortcut = operands(1, 96, 16, 32, 64, side, mx.float16)
+    with mx.stream(mx.cpu):
+        wanted = expected(x[:, :50], weight, bias, shortcut[:, :50])
+        mx.eval(wanted)
+    own = OwnRows(mx.array([100]), 192)
+    packed = pack_image_weight(weight, mx.float16)
+    y = image_conv(x, packed, bias, shortcut=shortcut, own=own)
+    assert error(y[:, :50], wanted) < 2e-3

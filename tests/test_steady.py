@@ -183,6 +183,7 @@ def test_salience_of_a_new_length_is_its_own(monkeypatch):
     expected = [net(mel) for mel in mels]
     assert fused_unet.rows_of_salience(net) is None
     monkeypatch.setattr(fused_unet.conv_kernel, "supports", lambda *_: True)
+    monkeypatch.setattr(fused_unet.plane_kernel, "supports", lambda: False)
     monkeypatch.setattr(fused_unet, "image_conv", test_fused_unet.plain_image_conv)
     monkeypatch.setattr(fused_unet, "pooled", nn.AvgPool2d(2, stride=2))
     fused_unet.quicken(net, short=True)

@@ -6,6 +6,7 @@ HEADER = (
     r"""
 #define __device__
 #define __forceinline__
+inline void __syncwarp() {}
 inline int min(int a, int b) { return a < b ? a : b; }
 inline unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
 inline float __uint_as_float(unsigned u) { return __int_as_float(u); }
