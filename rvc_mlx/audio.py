@@ -5,9 +5,8 @@ audio costs no more memory than a minute. Loudness is in ``loudness``, files are
 ``audio_io``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 import soxr
@@ -142,11 +141,14 @@ def edge_samples(count: int) -> int:
     return min(high_pass_design()[-1], count - 1)
 
 
-class HighPass(Protocol):
-    """What filters a recording: ``high_pass_spool``, or as it does on a device."""
+HighPass = Callable[[Sequence[Spool], Sequence[float]], list[Spool]]
+"""What filters recordings: ``high_pass_spools``, or as it does on a device."""
 
-    def __call__(self, source: Spool, *, gain: float = 1.0) -> Spool:
-        """See ``high_pass_spool``."""
+
+def high_pass_spools(sources: Sequence[Spool], gains: Sequence[float]) -> list[Spool]:
+    """``high_pass_spool`` of several recordings, each with its gain."""
+    pairs = list(zip(sources, gains, strict=True))
+    return list(in_parallel(lambda pair: high_pass_spool(pair[0], gain=pair[1]), pairs))
 
 
 def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> Spool:

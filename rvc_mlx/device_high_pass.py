@@ -15,12 +15,18 @@ them lose all digits, so each is the state of one pole here (a pair of them is c
 
 A kernel writes its result from the end to the start: launched on that, it goes backwards,
 and the order is the first again. It computes in float64, which MLX has not on a GPU: what
-goes in and out are two float32 arrays, the nearest number and the rest.
+goes from launch to launch are two float32 arrays, the nearest number and the rest.
+
+Recordings lie one behind another, and go through together::
+
+    x  |front| recording |back|room| |front| recording ...
+
+The first launch makes front and back, the mirrored ends, from the recording.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from threading import Lock
 
@@ -28,12 +34,7 @@ import mlx.core as mx
 import numpy as np
 
 from rvc_mlx.arrays import Array, begin, reflected, to_host
-from rvc_mlx.audio import (
-    HIGH_PASS_ORDER,
-    SETTLED,
-    edge_samples,
-    odd_extended,
-)
+from rvc_mlx.audio import HIGH_PASS_ORDER, SETTLED, edge_samples
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.spool import Spool
 
@@ -46,19 +47,39 @@ _SHARED_MEMORY = 2 * 8 * HIGH_PASS_ORDER * _THREADS
 
 _HEADER = r"""
 struct alignas(16) Pack { float v[4]; };
+struct alignas(8) Piece { int start, length, front, back, gain, gain_rest; };
 
-struct Batch {
+// Samples of a piece: of a recording, whose ends are mirrored, or of what was made of it.
+template <bool RECORDING> struct Samples {
+    const float *all, *rest;
+    int first, last;  // of the recording
+
+    __device__ __forceinline__ double operator[](int n) const {
+        if (!RECORDING) return (double)all[n] + (double)rest[n];
+        if (n < first) return 2 * (double)all[first] - (double)all[2 * first - n];
+        if (n <= last) return all[n];
+        const int mirrored = 2 * last - n;  // beyond the piece there is anything
+        return 2 * (double)all[last] - (double)all[mirrored > 0 ? mirrored : 0];
+    }
+};
+
+template <bool RECORDING> struct Batch {
     Pack high[BATCH / 4], low[BATCH / 4];
+    int start;
 
-    __device__ __forceinline__ void read(const float* all, const float* rest, int n) {
+    __device__ __forceinline__ void read(const Samples<RECORDING>& x, int n) {
+        start = n;
         #pragma unroll
         for (int k = 0; k < BATCH / 4; k++) {
-            high[k] = ((const Pack*)(all + n))[k];
-            low[k] = ((const Pack*)(rest + n))[k];
+            high[k] = ((const Pack*)(x.all + n))[k];
+            if (!RECORDING) low[k] = ((const Pack*)(x.rest + n))[k];
         }
     }
-    __device__ __forceinline__ double at(int k) const {
-        return (double)high[k / 4].v[k % 4] + (double)low[k / 4].v[k % 4];
+    __device__ __forceinline__ double at(const Samples<RECORDING>& x, int k) const {
+        const int n = start + k;
+        if (RECORDING && (n < x.first || n > x.last)) return x[n];
+        const double nearest = high[k / 4].v[k % 4];
+        return RECORDING ? nearest : nearest + (double)low[k / 4].v[k % 4];
     }
 };
 
@@ -90,26 +111,31 @@ struct State {  // of one real pole, then of pairs: real and imaginary part
 _SOURCE = r"""
 extern __shared__ __align__(16) unsigned char shared[];
 double* ends = (double*)shared;  // [2][ORDER][THREADS]
-const int t = threadIdx.x, wanted = blockIdx.x * RESULTS;
+const Piece piece = ((const Piece*)pieces)[blockIdx.y];
+const int t = threadIdx.x, length = piece.length, wanted = blockIdx.x * RESULTS;
+if (wanted >= length) return;
 const int begin = wanted > SETTLED ? wanted - SETTLED : 0;
 const int first = begin + t * RUN;
-Batch now, ahead;
+using Reading = Batch<RECORDING>;
+const Samples<RECORDING> samples{
+    x + piece.start, x_rest + piece.start, piece.front, length - 1 - piece.back};
+Reading now, ahead;
 State start, state;
 #pragma unroll
 for (int k = 0; k < ORDER; k++) start.z[k] = 0;
 if (t == 0) {
-    const double x0 = (double)x[begin] + (double)x_rest[begin];
+    const double x0 = samples[begin];
     #pragma unroll
     for (int k = 0; k < ORDER; k++) start.z[k] = STEADY[k] * x0;
 }
 state = start;
 if (first < length) {
-    ahead.read(x, x_rest, first);
+    ahead.read(samples, first);
     for (int n = first; n < first + RUN; n += BATCH) {
         now = ahead;
-        ahead.read(x, x_rest, n + BATCH);
+        ahead.read(samples, n + BATCH);
         #pragma unroll
-        for (int k = 0; k < BATCH; k++) state.next(now.at(k));
+        for (int k = 0; k < BATCH; k++) state.next(now.at(samples, k));
     }
 }
 
@@ -137,18 +163,19 @@ if (first < wanted || first >= wanted + RESULTS || first >= length) return;
 if (t > 0)
     #pragma unroll
     for (int k = 0; k < ORDER; k++) start.z[k] = handed[k * THREADS + t - 1];
-const double factor = (double)gain + (double)gain_rest;
-ahead.read(x, x_rest, first);
+const double factor =
+    (double)__int_as_float(piece.gain) + (double)__int_as_float(piece.gain_rest);
+ahead.read(samples, first);
 for (int n = first; n < first + RUN; n += BATCH) {
     now = ahead;
-    ahead.read(x, x_rest, n + BATCH);
+    ahead.read(samples, n + BATCH);
     #pragma unroll
     for (int k = 0; k < BATCH; k++) {
-        const double out = factor * start.next(now.at(k));
+        const double out = factor * start.next(now.at(samples, k));
         const int place = length - 1 - n - k;
         if (place >= 0) {
-            y[place] = (float)out;
-            y_rest[place] = (float)(out - (double)(float)out);
+            y[piece.start + place] = (float)out;
+            y_rest[piece.start + place] = (float)(out - (double)(float)out);
         }
     }
 }
@@ -228,85 +255,141 @@ class DeviceSpool(Spool):
 
 
 def device_high_pass(
-    source: Spool, block: int = 1 << 22, *, gain: float = 1.0
-) -> Spool:
-    """As ``audio.high_pass_spool``, on MLX's CUDA device.
+    sources: Sequence[Spool], gains: Sequence[float], block: int = 1 << 22
+) -> list[Spool]:
+    """As ``audio.high_pass_spools``, on MLX's CUDA device.
 
-    A block is filtered together with its surroundings, as there.
+    A block is filtered together with its surroundings, as there; recordings that are one
+    block are filtered together.
 
     Args:
-        source: float32 recording at 16 kHz, at least one sample.
-        block: samples of the result made at once; the GPU holds six arrays of them.
-        gain: factor applied to the recording.
+        sources: float32 recordings at 16 kHz, at least one sample each.
+        gains: factors applied to the recordings.
+        block: samples of a result made at once; the GPU holds five arrays of them.
 
     Returns:
-        A float32 spool of the same length; the arithmetic before is float64. One block
+        Float32 spools of the same lengths; the arithmetic before is float64. One block
         stays on the device, a longer one is kept as the source is.
 
     Raises:
-        ValueError: if the spool is empty.
+        ValueError: if a spool is empty.
         RuntimeError: there is no CUDA GPU or no NVRTC.
     """
+    whole = [
+        _Piece(source, 0, len(source), gain)
+        for source, gain in zip(sources, gains, strict=True)
+        if len(source) <= block
+    ]
+    together = iter(_filtered(whole))
+    return [
+        DeviceSpool(next(together))
+        if len(source) <= block
+        else _by_blocks(source, gain, block)
+        for source, gain in zip(sources, gains, strict=True)
+    ]
+
+
+def _by_blocks(source: Spool, gain: float, block: int) -> Spool:
     count = len(source)
-    edge = edge_samples(count)
-
-    def filtered(start: int, stop: int) -> mx.array:
-        low = max(start - SETTLED, -edge)
-        high = min(stop + SETTLED, count + edge)
-        forwards = _filtered(*_operands(source, low, high), high - low, gain)
-        backwards, _ = _filtered(*forwards, high - low)
-        return backwards[start - low : stop - low]
-
-    if count <= block:
-        samples = filtered(0, count)
-        begin(samples)
-        return DeviceSpool(samples)
     result = source.like(np.float32, count)
     try:
         for start in range(0, count, block):
-            result.append(to_host(filtered(start, min(start + block, count))))
+            stop = min(start + block, count)
+            result.append(to_host(*_filtered([_Piece(source, start, stop, gain)])))
     except BaseException:
         result.close()
         raise
     return result
 
 
-def _operands(source: Spool, start: int, stop: int) -> tuple[mx.array, mx.array]:
-    """Samples of the extended recording as two float32 arrays, with room to read on."""
-    before, inside, after = odd_extended(source, start, stop)
-    after = np.concatenate([after, np.zeros(-(stop - start) % _RUN + _BATCH)])
-    x = np.concatenate([before, inside, after], dtype=np.float32)
-    # Of the recording itself there is no rest; nothing is sent for it.
-    rests = [
-        mx.array((end - end.astype(np.float32)).astype(np.float32))
-        for end in (before, after)
+class _Piece:
+    """Samples ``start..stop`` of a recording, and what is filtered for them.
+
+    Attributes:
+        wanted: where they are in what is filtered.
+        length: of that.
+        front: samples of it before the recording.
+        back: samples of it behind the recording.
+        gain: of the recording.
+    """
+
+    def __init__(self, source: Spool, start: int, stop: int, gain: float):
+        count = len(source)
+        edge = edge_samples(count)
+        low = max(start - SETTLED, -edge)
+        high = min(stop + SETTLED, count + edge)
+        self.wanted = slice(start - low, stop - low)
+        self.length, self.gain = high - low, gain
+        self.front, self.back = max(-low, 0), max(high - count, 0)
+        self._source, self._low = source, low
+
+    def write(self, target: np.ndarray) -> None:
+        """Write what there is of the recording to ``[length]``, without its ends."""
+        first, last = self.front, self.length - self.back
+        target[first:last] = self._source.read(self._low + first, self._low + last)
+
+    def numbers(self, start: int, recording: bool) -> list[int]:
+        """A ``Piece`` of the kernel, that begins at sample ``start`` of all."""
+        front, back, gain = self.front, self.back, self.gain
+        if not recording:
+            front, back, gain = 0, 0, 1.0
+        gains = np.array([gain, gain - float(np.float32(gain))], np.float32)
+        return [start, self.length, front, back, *gains.view(np.int32).tolist()]
+
+
+def _filtered(pieces: Sequence[_Piece]) -> list[mx.array]:
+    """Forwards, then backwards: what is wanted of each piece, float32."""
+    if not pieces:
+        return []
+    # The last run ends in a piece's room, and so does what it reads ahead.
+    rooms = [-(-piece.length // _RUN) * _RUN + _BATCH for piece in pieces]
+    starts = np.cumsum([0, *rooms]).tolist()
+    x = np.empty(starts[-1], np.float32)
+    for piece, start in zip(pieces, starts, strict=False):
+        piece.write(x[start : start + piece.length])
+    forwards = _launch(pieces, starts, mx.array(x))
+    samples, _ = _launch(pieces, starts, *forwards)
+    begin(samples)
+    return [
+        samples[start : start + piece.length][piece.wanted]
+        for piece, start in zip(pieces, starts, strict=False)
     ]
-    rest = mx.concatenate([rests[0], mx.zeros(len(inside)), rests[1]])
-    return mx.array(x), rest
 
 
-def _filtered(
-    x: mx.array, rest: mx.array, length: int, gain: float = 1.0
+def _launch(
+    pieces: Sequence[_Piece],
+    starts: Sequence[int],
+    x: mx.array,
+    rest: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Filter ``length`` samples forwards, from the steady state of the first.
+    """Filter pieces, from the steady state of their first samples.
 
     Args:
-        x: float32, as ``_operands`` gives it.
-        rest: what ``x`` lacks of float64.
-        length: samples in it.
-        gain: factor.
+        pieces: what is filtered.
+        starts: where each begins in the arrays.
+        x: float32 ``[n]``.
+        rest: what ``x`` lacks of float64; None where it is recordings, which are given
+            their mirrored ends and multiplied by their gains.
 
     Returns:
-        The result from its last sample to its first, in the form of ``x`` and ``rest``;
-        beyond ``length`` there is anything.
+        Results from their last sample to their first, in the form of ``x`` and ``rest``;
+        in a piece's room there is anything.
     """
-    found = _kernel()(
-        [x, rest],
+    recording = rest is None
+    numbers = [
+        piece.numbers(start, recording)
+        for piece, start in zip(pieces, starts, strict=False)
+    ]
+    longest = max(piece.length for piece in pieces)
+    y, y_rest = _kernel()(
+        [x, x if rest is None else rest, mx.array(numbers, mx.int32)],
         [(x.shape, mx.float32)] * 2,
-        Grid(-(-length // _RESULTS), _THREADS, shared_memory=_SHARED_MEMORY),
-        scalars=[length, gain, gain - float(np.float32(gain))],
+        Grid(
+            -(-longest // _RESULTS), _THREADS, len(pieces), shared_memory=_SHARED_MEMORY
+        ),
+        constants={"RECORDING": recording},
     )
-    return found[0], found[1]
+    return y, y_rest
 
 
 @cache
@@ -332,10 +415,10 @@ def _kernel() -> CudaKernel:
     lines += [_table(name, values) for name, values in tables.items()]
     return CudaKernel(
         "high_pass",
-        ("x", "x_rest"),
+        ("x", "x_rest", "pieces"),
         ("y", "y_rest"),
         _SOURCE,
-        (("length", "int"), ("gain", "float"), ("gain_rest", "float")),
+        (),
         "\n".join(lines) + _HEADER,
         f"__launch_bounds__({_THREADS})",
     )

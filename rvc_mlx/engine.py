@@ -28,7 +28,7 @@ import numpy as np
 
 from rvc_mlx import fused_encoder, fused_prior, fused_unet, product_convs
 from rvc_mlx.arrays import Array, to_host
-from rvc_mlx.audio import HighPass, high_pass_spool
+from rvc_mlx.audio import HighPass, high_pass_spools
 from rvc_mlx.compiling import Replayed
 from rvc_mlx.device_high_pass import device_high_pass
 from rvc_mlx.device_index import DeviceIndex
@@ -129,7 +129,7 @@ class MLXEngine:
             together, all arrays of a network take several times as much; 0 where one
             input keeps the device busy.
         log_mel: see ``spectral.log_mel``; on a GPU where products may be short of float32.
-        high_pass: see ``audio.high_pass_spool``; with CUDA on the GPU.
+        high_pass: see ``audio.high_pass_spools``; with CUDA on the GPU.
     """
 
     window_frames = 3072
@@ -144,7 +144,7 @@ class MLXEngine:
             self._log_mel if on_gpu and self._fast_products else log_mel
         )
         on_cuda = on_gpu and mx.cuda.is_available()
-        self.high_pass: HighPass = self._high_pass if on_cuda else high_pass_spool
+        self.high_pass: HighPass = self._high_pass if on_cuda else high_pass_spools
         # The recurrent layer of RMVPE leaves most of a GPU to what runs beside it.
         self._two_streams = on_cuda
         self._streams = threading.local()  # a stream belongs to its thread
@@ -225,10 +225,12 @@ class MLXEngine:
         with mx.stream(self._device):
             return device_log_mel(samples, n_mels)
 
-    def _high_pass(self, source: Spool, *, gain: float = 1.0) -> Spool:
-        def filtered() -> Spool:
+    def _high_pass(
+        self, sources: Sequence[Spool], gains: Sequence[float]
+    ) -> list[Spool]:
+        def filtered() -> list[Spool]:
             with mx.stream(self._device):
-                return device_high_pass(source, gain=gain)
+                return device_high_pass(sources, gains)
 
         return self._aside.submit(filtered).result()
 
@@ -341,13 +343,13 @@ class OpenVINOEngine:
         window_step: windows are a multiple of it, up to that.
         batch_bytes: 0, networks are compiled for one input at a time.
         log_mel: ``spectral.log_mel``.
-        high_pass: ``audio.high_pass_spool``.
+        high_pass: ``audio.high_pass_spools``.
     """
 
     window_frames = window_step = 128  # one length, for which the vocoder is compiled
     batch_bytes = 0
     log_mel = staticmethod(log_mel)
-    high_pass = staticmethod(high_pass_spool)
+    high_pass = staticmethod(high_pass_spools)
 
     def __init__(self, precision: str, cache: Path | None):
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _KEPT_PRIMITIVES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ import numpy as np
 
 from rvc_mlx import pitch
 from rvc_mlx.arrays import Array
-from rvc_mlx.audio import SAMPLE_RATE, HighPass, high_pass_spool, resample_blocks
+from rvc_mlx.audio import SAMPLE_RATE, HighPass, high_pass_spools, resample_blocks
 from rvc_mlx.decoding import Piece
 from rvc_mlx.loading import Encoder, PitchNet, Voice
 from rvc_mlx.loudness import (
@@ -43,7 +43,7 @@ class Nets:
     Attributes:
         blend: retrieval, None without an index.
         noise: a seed to its random numbers.
-        high_pass: what takes away the lowest sounds before the networks hear a recording.
+        high_pass: what takes away the lowest sounds before the networks hear recordings.
     """
 
     voice: Voice
@@ -51,7 +51,20 @@ class Nets:
     pitch_net: PitchNet | None
     blend: Blend | None
     noise: Callable[[int], Noise] = Noise
-    high_pass: HighPass = high_pass_spool
+    high_pass: HighPass = high_pass_spools
+
+
+def prepare(nets: Nets, jobs: Sequence[Job]) -> None:
+    """Filter recordings together and plan their segments; see ``Job.failure``."""
+    try:
+        gains = [job.gain for job in jobs]
+        recordings = nets.high_pass([job.source for job in jobs], gains)
+    except (ValueError, OSError) as error:
+        for job in jobs:
+            job.failure = error
+        return
+    for job, filtered in zip(jobs, recordings, strict=True):
+        job.plan(filtered)
 
 
 class Job:
@@ -90,7 +103,6 @@ class Job:
         self.source = source
         self.length = len(source) + 2 * self._pad * FRAME
         self.noise = noise or nets.noise(options.seed)
-        self._high_pass = nets.high_pass
         self.given_f0 = f0
         self.output_rate = options.output_rate or voice.config.sample_rate
         self.target = round(source_frames * self.output_rate / source_rate)
@@ -112,12 +124,16 @@ class Job:
         if hasattr(self, "_filtered"):
             self._filtered.close()
 
-    def prepare(self) -> None:
-        """Filter the recording and plan its segments; see ``failure``."""
+    @property
+    def gain(self) -> float:
+        """What brings the recording to the level that the networks are used to."""
+        return normalize_gain(peak(self.source.blocks()))
+
+    def plan(self, filtered: Spool) -> None:
+        """Plan the segments of the filtered recording; see ``failure``."""
+        self._filtered = filtered
         try:
-            gain = normalize_gain(peak(self.source.blocks()))
-            self._filtered = self._high_pass(self.source, gain=gain)
-            self.segments = plan_segments(self._filtered, self.options)
+            self.segments = plan_segments(filtered, self.options)
             if all(segment.last <= segment.first for segment in self.segments):
                 raise ValueError(
                     "the recording is so short that the original gives nothing for it; "

@@ -8,7 +8,7 @@ minutes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rvc_mlx.audio import SAMPLE_RATE, high_pass_spool, resample
+from rvc_mlx.audio import SAMPLE_RATE, high_pass_spools, resample
 from rvc_mlx.bundled_models import choose_voice
 from rvc_mlx.engine import choose_engine
 from rvc_mlx.file_run import FileProgress, FileRun
@@ -99,7 +99,7 @@ class VoiceConverter:
         self.pitch_net = pitch_net if voice.config.f0 else None
         self.index = index
         self._noise = engine.noise if engine else Noise
-        self._high_pass = engine.high_pass if engine else high_pass_spool
+        self._high_pass = engine.high_pass if engine else high_pass_spools
         self._blend: Blend | None = None
         if index is not None:
             self._blend = (engine.blending if engine else blending)(index)
@@ -360,7 +360,7 @@ def load_on(
     rmvpe: str | Path | None = None,
 ) -> VoiceConverter:
     """As ``load``, on an engine that is there already."""
-    if engine.high_pass is high_pass_spool:
+    if engine.high_pass is high_pass_spools:
         # A second, which the first conversion would wait for.
         Thread(target=import_module, args=("scipy.signal",), daemon=True).start()
     voice, index = choose_voice(voice, index)

@@ -27,7 +27,7 @@ import numpy as np
 from rvc_mlx import pitch
 from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead, together
 from rvc_mlx.decoding import Piece, Plan, Windows, sample_latents, start_windows
-from rvc_mlx.job import Job, Nets
+from rvc_mlx.job import Job, Nets, prepare
 from rvc_mlx.machine import in_parallel
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
@@ -94,8 +94,7 @@ def _waves(nets: Nets, jobs: Iterable[Job], report: Report) -> Iterator[Wave]:
     waves = neighbours(jobs, lambda _: None, lambda job: job.length / FRAME, most)
     for wave in waves:
         with report.stage("prepare"):
-            for _ in in_parallel(Job.prepare, wave):
-                pass
+            prepare(nets, wave)
         readings: list[Reading] = [
             partial(list, [(job, job.failure)]) for job in wave if job.failure
         ]

@@ -115,7 +115,9 @@ def others():
         attention = {"T": dtype, **attention_kernel._SIZES}
         yield attention_kernel._KERNEL, (dtype, INT), (dtype,), attention
     yield gru_kernel._CLUSTER_KERNEL, (F32, F32, F32, INT), (F32,), {}
-    yield device_high_pass._kernel(), (F32,) * 2, (F32,) * 2, {}
+    for recording in (True, False):
+        constants = {"RECORDING": recording}
+        yield device_high_pass._kernel(), (F32, F32, INT), (F32,) * 2, constants
     yield weight_norm._FORWARD_KERNEL, (F32, INT), (F32,), {}
     yield weight_norm._BACK_KERNEL, (F32, F32, INT), (F32,), {}
     sizes = {"TAPS": 16, "FIRST": 16, "RATE_STEPS": 4096}

@@ -1,5 +1,8 @@
 """The high pass on CUDA against the whole recording's, by scipy."""
 
+from contextlib import ExitStack
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,22 +22,22 @@ _MAIN = r"""
 #define __device__
 #define __forceinline__ inline
 %s
-void kernel(const float* x, const float* x_rest, float* y, float* y_rest, int length,
-            float gain, float gain_rest) {
+void kernel(const float* x, const float* x_rest, const int* pieces, float* y,
+            float* y_rest) {
 %s
 }
 int main(int, char**) {
-    auto n = read_array<int>("numbers");
+    auto n = read_array<int>("numbers"), pieces = read_array<int>("pieces");
     auto x = read_array<float>("x"), rest = read_array<float>("rest");
     std::vector<float> y(2 * x.size(), NAN);
     body = [&] {
-        kernel(x.data(), rest.data(), y.data(), y.data() + x.size(), n[1],
-               __int_as_float(n[2]), __int_as_float(n[3]));
+        kernel(x.data(), rest.data(), pieces.data(), y.data(), y.data() + x.size());
     };
-    for (unsigned i = 0; i < (unsigned)n[0]; i++) {
-        blockIdx = {i, 0, 0};
-        run_block(THREADS, SHARED_MEMORY);
-    }
+    for (unsigned piece = 0; piece < (unsigned)n[1]; piece++)
+        for (unsigned i = 0; i < (unsigned)n[0]; i++) {
+            blockIdx = {i, piece, 0};
+            run_block(THREADS, SHARED_MEMORY);
+        }
     FILE* file = fopen("y", "wb");
     fwrite(y.data(), sizeof(float), y.size(), file);
     fclose(file);
@@ -45,16 +48,14 @@ int main(int, char**) {
 def on_processor(folder, kernel):
     """The kernel as ``CudaKernel`` is called; its source runs on the processor."""
 
-    def launch(inputs, outputs, grid, *, scalars):
-        for name, array in zip(("x", "rest"), inputs, strict=True):
+    def launch(inputs, outputs, grid, *, constants):
+        for name, array in zip(("x", "rest", "pieces"), inputs, strict=True):
             np.array(array).tofile(folder / name)
-        length, *gains = scalars
-        bits = np.array(gains, np.float32).view(np.int32)
-        np.array([grid.blocks, length, *bits], np.int32).tofile(folder / "numbers")
+        np.array([grid.blocks, grid.rows], np.int32).tofile(folder / "numbers")
         assert grid.threads == module._THREADS
         main = _MAIN % (kernel.header, as_on_processor(kernel.source))
-        constants = {"SHARED_MEMORY": grid.shared_memory}
-        [y, _] = results(folder, constants, main, mx.float32)
+        sizes = constants | {"SHARED_MEMORY": grid.shared_memory}
+        [y, _] = results(folder, sizes, main, mx.float32)
         return mx.split(y, 2)
 
     return launch
@@ -64,35 +65,73 @@ def recording(rng, n, offset=0.3):
     return (0.1 * rng.standard_normal(n) + offset).astype(np.float32)
 
 
-def worst(x, filtered, gain):
-    """Largest difference from scipy, in units of the recording's peak."""
-    with Spool.around(x) as source, filtered(source, gain) as got:
-        assert (len(got), got.dtype) == (len(x), np.float32)
-        found = got.read(0, len(x))
-        expected = high_pass(x * np.float64(gain))
-        return np.abs(found - expected).max() / np.abs(gain * x).max()
+def worst(recordings, filtered, gains):
+    """Largest difference from scipy, in units of a recording's peak."""
+    with ExitStack() as stack:
+        sources = [stack.enter_context(Spool.around(x)) for x in recordings]
+        results = [stack.enter_context(got) for got in filtered(sources, gains)]
+        differences = []
+        for x, got, gain in zip(recordings, results, gains, strict=True):
+            assert (len(got), got.dtype) == (len(x), np.float32)
+            found = got.read(0, len(x))
+            expected = high_pass(x * np.float64(gain))
+            difference = np.abs(found - expected).max() / np.abs(gain * x).max()
+            differences.append(difference)
+        return max(differences)
 
 
-def plain(x, rest, length, gain=1.0):
-    """What a launch gives, by scipy; beyond ``length`` that is no number."""
-    assert x.dtype == rest.dtype == mx.float32
-    assert x.shape == rest.shape
-    # The last run ends in the arrays, and so does what it reads ahead.
-    assert len(x) == -(-length // module._RUN) * module._RUN + module._BATCH
+def plain(inputs, outputs, grid, *, constants):
+    """What a launch gives, by scipy; in a piece's room that is no number."""
+    x, rest, pieces = map(np.array, inputs)
+    assert x.dtype == rest.dtype == np.float32
+    assert grid.rows == len(pieces)
     b, a, steady, _ = high_pass_design()
-    both = (np.array(x, np.float64) + np.array(rest, np.float64))[:length]
-    y = gain * signal.lfilter(b, a, both, zi=steady * both[0])[0][::-1]
-    y = np.pad(y, (0, len(x) - length), constant_values=np.nan)
+    y = np.full(len(x), np.nan)
+    for i, (start, length, front, back, *bits) in enumerate(pieces):
+        # The last run ends in the piece's room, and so does what it reads ahead.
+        end = [*pieces[:, 0], len(x)][i + 1]
+        assert end == start + -(-length // module._RUN) * module._RUN + module._BATCH
+        assert grid.blocks * module._RESULTS >= length
+        both = x[start : start + length].astype(np.float64)
+        if constants["RECORDING"]:
+            inside = both[front : length - back]
+            both = np.pad(inside, (front, back), "reflect", reflect_type="odd")
+        else:
+            assert front == back == 0
+            both += rest[start : start + length]
+        gain = np.array(bits, np.int32).view(np.float32).astype(np.float64).sum()
+        made = gain * signal.lfilter(b, a, both, zi=steady * both[0])[0][::-1]
+        y[start : start + length] = made
     return mx.array(y.astype(np.float32)), mx.array(y - y.astype(np.float32))
+
+
+@pytest.fixture
+def by_scipy(monkeypatch):
+    """Launches are made by scipy."""
+    monkeypatch.setattr(module, "_kernel", lambda: plain)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 17, 18, 19, 100, SETTLED - 1, SETTLED, 20000])
 @pytest.mark.parametrize("block", [997, SETTLED, 1 << 22])
-def test_blocks_and_extended_ends_make_up_the_recording(rng, monkeypatch, n, block):
-    monkeypatch.setattr(module, "_filtered", plain)
-    x = recording(rng, n)
+def test_blocks_and_extended_ends_make_up_the_recording(rng, by_scipy, n, block):
     # Rounded to float32, after what rounding grows to in a filter of this form.
-    assert worst(x, lambda s, gain: device_high_pass(s, block, gain=gain), 0.7) < 1e-7
+    found = worst([recording(rng, n)], partial(device_high_pass, block=block), [0.7])
+    assert found < 1e-7
+
+
+def test_recordings_go_together_each_as_alone(rng, by_scipy):
+    recordings = [recording(rng, n) for n in (3000, 1, 900, 40, 5000)]
+    gains = [0.7, 1.0, 0.3, 0.9, 0.5]
+    assert worst(recordings, partial(device_high_pass, block=2000), gains) < 1e-7
+    with ExitStack() as stack:
+        sources = [stack.enter_context(Spool.around(x)) for x in recordings]
+        for source, gain, got in zip(
+            sources, gains, device_high_pass(sources, gains, 2000), strict=True
+        ):
+            [alone] = device_high_pass([source], [gain], 2000)
+            n = len(source)
+            np.testing.assert_array_equal(got.read(0, n), alone.read(0, n))
+            assert isinstance(got, DeviceSpool) == (n <= 2000)
 
 
 @needs_compiler
@@ -101,8 +140,8 @@ def test_blocks_and_extended_ends_make_up_the_recording(rng, monkeypatch, n, blo
 def test_the_source_filters(tmp_path, rng, monkeypatch, n):
     launch = on_processor(tmp_path, module._kernel())
     monkeypatch.setattr(module, "_kernel", lambda: launch)
-    x = recording(rng, n)
-    assert worst(x, lambda s, gain: device_high_pass(s, gain=gain), 0.7) < 2e-7
+    recordings = [recording(rng, n), recording(rng, 3000)]
+    assert worst(recordings, device_high_pass, [0.7, 0.9]) < 2e-7
 
 
 def test_the_partial_fractions_are_the_filter():
@@ -125,26 +164,13 @@ def test_the_partial_fractions_are_the_filter():
     np.testing.assert_allclose(found[:5], expected[:5], rtol=1e-12)
 
 
-def test_extended_ends_are_exact_in_two_arrays(rng):
-    x = recording(rng, 1000)
-    with Spool.around(x) as source:
-        found, rest = (
-            np.array(a, np.float64) for a in module._operands(source, -18, 1018)
-        )
-    expected = np.pad(x.astype(np.float64), 18, "reflect", reflect_type="odd")
-    assert np.abs(expected - found[:1036]).max() > 1e-9
-    np.testing.assert_allclose((found + rest)[:1036], expected, rtol=1e-14)
-    assert not rest[18:1018].any()
-
-
-def test_a_long_result_is_kept_as_the_source_is(rng, monkeypatch):
-    monkeypatch.setattr(module, "_filtered", plain)
+def test_a_long_result_is_kept_as_the_source_is(rng, by_scipy):
     with Spool(memory=0) as source:
         source.append(recording(rng, 100))
-        with device_high_pass(source, 60) as got:
-            assert got._file
-        with device_high_pass(source, 100) as got:
-            assert isinstance(got, DeviceSpool)
+        [long], [short] = (device_high_pass([source], [1.0], n) for n in (60, 100))
+        with long, short:
+            assert long._file
+            assert isinstance(short, DeviceSpool)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +202,7 @@ def test_the_host_fetches_a_recording_when_it_reads(rng, monkeypatch):
 
 def test_nothing_is_refused():
     with Spool() as source, pytest.raises(ValueError, match="recording is empty"):
-        device_high_pass(source)
+        device_high_pass([source], [1.0])
 
 
 @pytest.mark.skipif(mx.cuda.is_available(), reason="has a CUDA GPU")
@@ -185,7 +211,7 @@ def test_without_a_gpu_it_does_not_go_elsewhere(rng):
         Spool.around(recording(rng, 100)) as source,
         pytest.raises(RuntimeError, match="no CUDA GPU"),
     ):
-        device_high_pass(source)
+        device_high_pass([source], [1.0])
 
 
 @pytest.mark.gpu
@@ -199,9 +225,10 @@ def test_without_a_gpu_it_does_not_go_elsewhere(rng):
 )
 @pytest.mark.parametrize("block", [1 << 17, 1 << 22])
 def test_the_kernel_equals_filtfilt(rng, n, block):
-    x = recording(rng, n)
+    recordings = [recording(rng, m) for m in (n, 30000, n)]
+    filtered = partial(device_high_pass, block=block)
     # As above; scipy's own blocks differ as much.
-    assert worst(x, lambda s, gain: device_high_pass(s, block, gain=gain), 0.7) < 2e-7
+    assert worst(recordings, filtered, [0.7, 1.0, 0.4]) < 2e-7
 
 
 @pytest.mark.gpu
@@ -213,5 +240,4 @@ def test_an_engine_filters_on_the_gpu_beside_its_networks(rng, monkeypatch, prec
     queued = mx.random.normal((512, 512)) @ mx.random.normal((512, 512))
     mx.async_eval(queued)
     for n in (1, 30000, 100_000):
-        x = recording(rng, n)
-        assert worst(x, lambda s, gain: engine.high_pass(s, gain=gain), 0.5) < 2e-7
+        assert worst([recording(rng, n)], engine.high_pass, [0.5]) < 2e-7

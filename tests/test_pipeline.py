@@ -12,7 +12,7 @@ import soundfile
 import rvc_mlx
 from rvc_mlx import ConversionOptions, pitch
 from rvc_mlx.arrays import steady_length
-from rvc_mlx.audio import high_pass, high_pass_spool
+from rvc_mlx.audio import high_pass, high_pass_spool, high_pass_spools
 from rvc_mlx.engine import OpenVINOEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.noise import Noise
@@ -500,9 +500,9 @@ def test_a_recording_is_filtered_as_the_engine_does_it(
 ):
     engine, gains = OpenVINOEngine("f32", home / "compiled"), []
 
-    def filtered(source, *, gain):
-        gains.append(gain)
-        return high_pass_spool(source, gain=gain)
+    def filtered(sources, asked):
+        gains.extend(asked)
+        return high_pass_spools(sources, asked)
 
     monkeypatch.setattr(engine, "high_pass", filtered)
     nets = (

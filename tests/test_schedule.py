@@ -8,8 +8,8 @@ import pytest
 import soundfile
 from tiny_models import narrow_refinegan
 
-from rvc_mlx import ConversionOptions, file_run, job
-from rvc_mlx.audio import high_pass_spool
+from rvc_mlx import ConversionOptions, file_run, job, machine, pipeline
+from rvc_mlx.audio import high_pass_spools
 from rvc_mlx.audio_io import AudioWriter
 from rvc_mlx.device_high_pass import DeviceSpool
 from rvc_mlx.device_mel import device_log_mel
@@ -239,12 +239,13 @@ def test_what_is_filtered_on_the_device_stays_there(small_models, clips):
         def read(self, start, stop):
             raise AssertionError("the host reads what the networks hear")
 
-    def on_device(source, *, gain):
-        with high_pass_spool(source, gain=gain) as filtered:
-            samples = mx.array(filtered.read(0, len(filtered)))
-        spool = Unread(samples)
-        heard.append(spool)
-        return spool
+    def on_device(sources, gains):
+        made = []
+        for filtered in high_pass_spools(sources, gains):
+            with filtered:
+                made.append(Unread(mx.array(filtered.read(0, len(filtered)))))
+        heard.extend(made)
+        return made
 
     device._high_pass = on_device
     found = device.convert_many(clips, 16000, options)
