@@ -224,8 +224,7 @@ class Job:
         try:
             with report.stage("finish"):
                 for block in self._fitted(raw):
-                    finished.append(block)
-                    loudest = max(loudest, peak([block]))
+                    loudest = max(loudest, peak([finished.append(block)]))
         except BaseException:
             finished.close()
             raise
@@ -254,8 +253,7 @@ class Job:
         envelope = Envelope(self.voice.config.sample_rate // 2)
         with self.source.like() as raw:
             for block in blocks:
-                raw.append(block)
-                envelope.add(block)
+                envelope.add(raw.append(block))
             match = LoudnessMatch(
                 points, envelope.points(), len(raw), self.options.volume_envelope
             )

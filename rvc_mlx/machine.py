@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -120,7 +120,7 @@ def memory_bytes() -> int:
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item]
+    function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
     """``function`` of every item, in order, on the processors that there are.
 
@@ -129,9 +129,11 @@ def in_parallel(
 
     Args:
         function: releases Python's lock for most of its time, as numpy does.
-        items: what it is called with.
+        items: what it is called with; taken on the caller's thread.
     """
-    threads = min(_MOST_THREADS, processors(), len(items))
+    threads = min(_MOST_THREADS, processors())
+    if isinstance(items, Sized):
+        threads = min(threads, len(items))
     if threads < 2 or threading.current_thread().name.startswith(_WORKER):
         yield from map(function, items)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from threading import Thread
@@ -30,13 +31,13 @@ from rvc_mlx.loading import (
     find_weights,
     read_weights,
 )
-from rvc_mlx.machine import cache_folder
+from rvc_mlx.machine import cache_folder, in_parallel
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
 from rvc_mlx.retrieval import Blend, Index, blending, read_index
 from rvc_mlx.schedule import convert_all
-from rvc_mlx.spool import Spool
+from rvc_mlx.spool import MEMORY, Spool
 
 _SHORTEST_WARM_UP = 0.1  # seconds
 # Between lengths of a warm-up: share of a recording, and seconds at least and at most. Lengths
@@ -217,7 +218,6 @@ class VoiceConverter:
                 "one for each, or one for all"
             )
         order = sorted(range(count), key=lambda i: len(recordings[i]) / rates[i])
-        found: dict[int, Conversion] = {}
         with ExitStack() as stack:
             numbers: dict[Job, int] = {}
             refused: list[ValueError] = []
@@ -232,16 +232,18 @@ class VoiceConverter:
                     numbers[stack.enter_context(job)] = i
                     yield job
 
-            report = Report()
-            for job, raw in convert_all(self._nets(), jobs(), report):
-                with job:
+            def finishing() -> Iterator[Callable[[], Conversion]]:
+                for job, raw in convert_all(self._nets(), jobs(), Report()):
                     if isinstance(job.failure, ValueError):
                         raise _numbered(numbers[job], job.failure)
-                    audio = job.whole(raw, report)
-                found[numbers[job]] = Conversion(audio, job.output_rate)
+                    yield _finishing(job, raw)
+
+            # Beside the networks' way through the next ones.
+            found = in_parallel(lambda finish: finish(), finishing())
+            result = dict(zip(order, found, strict=False))
             if refused:
                 raise refused[0]
-        return [found[i] for i in range(count)]
+        return [result[i] for i in range(count)]
 
     def _job(
         self,
@@ -380,6 +382,19 @@ def load_on(
         None if index is None else read_index(index),
         engine,
     )
+
+
+def _finishing(job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Conversion]:
+    """What finishes a job whose blocks are there; a long one needs them one by one."""
+
+    def finished(blocks: Iterator[np.ndarray]) -> Conversion:
+        with job:
+            return Conversion(job.whole(blocks, Report()), job.output_rate)
+
+    if job.target * np.float32().nbytes <= MEMORY:
+        return partial(finished, iter(list(raw)))
+    conversion = finished(raw)
+    return lambda: conversion
 
 
 def _warm_up_lengths(seconds: float) -> list[int]:

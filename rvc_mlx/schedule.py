@@ -164,8 +164,8 @@ def _begin_wave(
         for parts, raw in encoded:
             yield from _decoded(nets, parts, raw, _plan(nets, parts), report)
         with report.stage("finish"):  # what can be done before there is a result
-            for job in jobs:
-                job.find_silence()
+            for _ in in_parallel(Job.find_silence, jobs):
+                pass
 
     return begin_windows
 

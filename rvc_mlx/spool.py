@@ -100,8 +100,12 @@ class Spool:
             self._buffer = np.empty(max(length, 2 * len(self._buffer)), self.dtype)
             self._buffer[: len(kept)] = kept
 
-    def append(self, x: np.ndarray) -> None:
+    def append(self, x: np.ndarray) -> np.ndarray:
         """Add ``x`` ``[n]`` at the end.
+
+        Returns:
+            As ``x``, not to be changed, where the host reads it soonest: a device's
+            memory comes page by page.
 
         Raises:
             ValueError: if ``x`` is not one-dimensional.
@@ -111,11 +115,14 @@ class Spool:
             raise ValueError(f"a spool takes [n], not {x.shape}")
         stop = self._length + len(x)
         self._make_room(stop)
+        kept = x
         if self._file:
             self._write_file(self._length, x)
         else:
-            copy_to(self._buffer[self._length : stop], x)
+            kept = self._buffer[self._length : stop]
+            copy_to(kept, x)
         self._length = stop
+        return kept
 
     def _write_file(self, start: int, x: np.ndarray) -> None:
         assert self._file

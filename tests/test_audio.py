@@ -106,6 +106,15 @@ def test_spool_moves_to_a_file_when_it_outgrows_its_memory(rng, monkeypatch):
             assert len(made) == 2
 
 
+def test_spool_gives_what_is_added_where_the_host_reads_it_soonest(rng):
+    x = noise(rng, 100)
+    with Spool(np.float32, memory=400) as spool:
+        kept = spool.append(x)
+        assert np.shares_memory(kept, spool.read(0, 100))
+        np.testing.assert_array_equal(kept, x)
+        assert spool.append(x) is x  # the spool is a file now
+
+
 def test_spool_around_an_array_is_the_array(rng):
     x = noise(rng, 100)
     with Spool.around(x) as spool:

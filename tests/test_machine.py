@@ -103,6 +103,21 @@ def test_work_in_parallel_comes_in_order_and_waits_to_be_taken(monkeypatch):
     assert sorted(begun) == list(range(40))
 
 
+def test_work_is_taken_on_the_callers_thread_when_its_turn_comes(monkeypatch):
+    monkeypatch.setattr(machine, "processors", lambda: 2)
+    taken = []
+
+    def items():
+        for n in range(20):
+            taken.append(threading.current_thread())
+            yield n
+
+    results = machine.in_parallel(lambda n: n**2, items())
+    assert next(results) == 0
+    assert taken == [threading.main_thread()] * 4  # two items a thread
+    assert list(results) == [n**2 for n in range(1, 20)]
+
+
 def test_work_in_parallel_raises_what_the_work_raises():
     with pytest.raises(ZeroDivisionError):
         list(machine.in_parallel(lambda n: 1 / n, range(3, -1, -1)))

@@ -1,5 +1,6 @@
 """Recordings that go through the networks together are what each is alone."""
 
+import threading
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from rvc_mlx.audio_io import AudioWriter
 from rvc_mlx.device_high_pass import DeviceSpool
 from rvc_mlx.device_mel import device_log_mel
 from rvc_mlx.engine import MLXEngine, choose_engine
+from rvc_mlx.job import Job
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.loudness import SilenceGate
 from rvc_mlx.noise import Noise
@@ -329,8 +331,25 @@ def test_a_window_of_a_new_length_is_one_of_few(small_models, speech):
     assert len(several) == 2
 
 
-def test_one_at_a_time_is_exactly_as_alone(small_converter, clips):
+@pytest.mark.parametrize("longest", [0, 1 << 16, 1 << 30])
+def test_one_at_a_time_is_exactly_as_alone(
+    small_converter, clips, monkeypatch, longest
+):
+    finished = []
+    whole = Job.whole
+
+    def told(job, *arguments):
+        finished.append((job.target, threading.current_thread()))
+        return whole(job, *arguments)
+
+    monkeypatch.setattr(pipeline, "MEMORY", longest)
+    monkeypatch.setattr(Job, "whole", told)
     found = small_converter.convert_many(clips, 16000)
+    # Long ones are finished on the way, the others beside it.
+    for length, thread in finished:
+        beside = thread is not threading.main_thread()
+        assert beside == (4 * length <= longest and machine.processors() > 1)
+    monkeypatch.undo()
     for clip, (audio, _) in zip(clips, found, strict=True):
         alone = small_converter.convert(clip, 16000)
         np.testing.assert_array_equal(audio, alone.audio)
