@@ -6,6 +6,7 @@ differ from ``spectral.log_mel``, which is exact, by some thousandths.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import mlx.core as mx
@@ -21,22 +22,25 @@ def device_log_mel(samples: Array, n_mels: int) -> mx.array:
     """As ``spectral.log_mel``, on MLX's device.
 
     Args:
-        samples: ``[(T - 1) * HOP_LENGTH + N_FFT]`` float32 at 16 kHz.
+        samples: ``[..., (T - 1) * HOP_LENGTH + N_FFT]`` float32 at 16 kHz.
         n_mels: bands.
 
     Returns:
-        ``[T, n_mels]`` float32; may still be computing.
+        ``[..., T, n_mels]`` float32; may still be computing.
     """
-    frames = (len(samples) - N_FFT) // HOP_LENGTH + 1
-    # The transform is planned anew for each number of frames.
-    steady = steady_length(frames, 1, _LARGEST_STEP)
-    length = (steady - 1) * HOP_LENGTH + N_FFT
-    longer = zeros_behind(mx.array(samples)[None], length)[0]
-    windows = mx.as_strided(longer, (steady, N_FFT), (HOP_LENGTH, 1))
+    *batch, length = samples.shape
+    T = (length - N_FFT) // HOP_LENGTH + 1
+    B = math.prod(batch)
+    strides = (length, HOP_LENGTH, 1)
+    windows = mx.as_strided(mx.array(samples), (B, T, N_FFT), strides)
     window, filters = _constants(n_mels)
-    spectra = mx.fft.rfft(windows * window)
+    rows = (windows * window).reshape(1, B * T, N_FFT)
+    # The transform is planned anew for each number of frames.
+    steady = steady_length(B * T, 1, _LARGEST_STEP)
+    spectra = mx.fft.rfft(zeros_behind(rows, steady))
     magnitudes = mx.sqrt(mx.square(spectra.real) + mx.square(spectra.imag))
-    return mx.log(mx.maximum(magnitudes @ filters, LOG_FLOOR))[:frames]
+    mel = mx.log(mx.maximum(magnitudes @ filters, LOG_FLOOR))
+    return mel[:, : B * T].reshape(*batch, T, n_mels)
 
 
 @cache

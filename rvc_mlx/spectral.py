@@ -86,13 +86,14 @@ def magnitudes(samples: np.ndarray) -> np.ndarray:
     """Magnitude spectra of all whole windows.
 
     Args:
-        samples: ``[(T - 1) * HOP_LENGTH + N_FFT]`` float32.
+        samples: ``[..., (T - 1) * HOP_LENGTH + N_FFT]`` float32.
 
     Returns:
-        ``[T, N_FFT // 2 + 1]`` float64: in bands without signal a float32 transform
-        leaves rounding noise, which the logarithm of the mel turns into 6e-3.
+        ``[..., T, N_FFT // 2 + 1]`` float64: in bands without signal a float32
+        transform leaves rounding noise, which the logarithm of the mel turns into 6e-3.
     """
-    windows = np.lib.stride_tricks.sliding_window_view(samples, N_FFT)[::HOP_LENGTH]
+    every = np.lib.stride_tricks.sliding_window_view(samples, N_FFT, axis=-1)
+    windows = every[..., ::HOP_LENGTH, :]
     spectra = scipy.fft.rfft(windows * hann_window(N_FFT), axis=-1)
     return np.abs(spectra)
 
@@ -101,26 +102,27 @@ def log_mel(samples: np.ndarray, n_mels: int) -> np.ndarray:
     """Log-mel spectrogram without padding of its own.
 
     Args:
-        samples: ``[(T - 1) * HOP_LENGTH + N_FFT]`` float32 at 16 kHz; the caller pads
-            (frame t is centred on sample ``t * HOP_LENGTH + N_FFT // 2``).
+        samples: ``[..., (T - 1) * HOP_LENGTH + N_FFT]`` float32 at 16 kHz; the caller
+            pads (frame t is centred on sample ``t * HOP_LENGTH + N_FFT // 2``).
         n_mels: bands.
 
     Returns:
-        ``[T, n_mels]`` float32, natural logarithm of mel magnitudes >= 1e-5.
+        ``[..., T, n_mels]`` float32, natural logarithm of mel magnitudes >= 1e-5.
     """
-    frames = (len(samples) - N_FFT) // HOP_LENGTH + 1
-    mel = np.empty((frames, n_mels), np.float32)
+    *batch, length = samples.shape
+    frames = (length - N_FFT) // HOP_LENGTH + 1
+    mel = np.empty((*batch, frames, n_mels), np.float32)
     products = _band_products(n_mels)
 
     def transform(start: int) -> None:
         stop = min(start + _FRAMES_PER_BLOCK, frames)
-        block = samples[start * HOP_LENGTH : (stop - 1) * HOP_LENGTH + N_FFT]
+        block = samples[..., start * HOP_LENGTH : (stop - 1) * HOP_LENGTH + N_FFT]
         spectra = magnitudes(block)
-        sums = np.empty((stop - start, n_mels))
+        sums = np.empty((*batch, stop - start, n_mels))
         for bands, bins, weights in products:
-            np.matmul(spectra[:, bins], weights, out=sums[:, bands])
+            np.matmul(spectra[..., bins], weights, out=sums[..., bands])
         np.maximum(sums, LOG_FLOOR, out=sums)
-        mel[start:stop] = np.log(sums, out=sums)
+        mel[..., start:stop, :] = np.log(sums, out=sums)
 
     for _ in in_parallel(transform, range(0, frames, _FRAMES_PER_BLOCK)):
         pass

@@ -22,6 +22,37 @@ def test_mel_is_the_hosts(speech, frames, n_mels):
     assert np.abs(found - wanted).mean() < (3e-3 if on_gpu else 1e-3)  # TF32
 
 
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 3)])
+@pytest.mark.parametrize("frames", [1, 97])
+def test_mels_together_are_what_each_is_alone(speech, frames, shape):
+    n = (frames - 1) * HOP_LENGTH + N_FFT
+    clips = [speech[start : start + n] for start in 4000 * np.arange(np.prod(shape))]
+    found = device_log_mel(mx.array(np.reshape(clips, (*shape, n))), 128)
+    assert found.shape == (*shape, frames, 128)
+    rows = np.array(found).reshape(-1, frames, 128)
+    for clip, mel in zip(clips, rows, strict=True):
+        alone = np.array(device_log_mel(clip, 128))
+        assert alone.std() > 0.5
+        assert np.abs(mel - alone).max() < 1e-4
+
+
+def test_transforms_have_few_lengths(monkeypatch):
+    """However many mels are made together."""
+    lengths, rfft = set(), mx.fft.rfft
+
+    def watched(windows):
+        lengths.add(windows.size // N_FFT)
+        return rfft(windows)
+
+    monkeypatch.setattr(mx.fft, "rfft", watched)
+    for count in range(1, 7):
+        for frames in range(150, 170):
+            samples = mx.zeros((count, (frames - 1) * HOP_LENGTH + N_FFT))
+            device_log_mel(samples, 32)
+    assert len(lengths) <= 20
+    assert max(lengths) < 6 * 169 * 9 / 8
+
+
 def test_silence_is_the_floor():
     found = device_log_mel(np.zeros(N_FFT, np.float32), 128)
     assert np.allclose(found, np.log(1e-5))

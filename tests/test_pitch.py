@@ -55,6 +55,14 @@ def test_blocks_of_frames_do_not_show(monkeypatch):
     np.testing.assert_array_equal(spectral.log_mel(audio, 128), whole)
 
 
+def test_log_mels_together_are_what_each_is_alone():
+    audio = np.stack([tone(30_000, seed) for seed in range(6)]).reshape(2, 3, -1)
+    found = spectral.log_mel(audio, 128)
+    assert found.shape == (2, 3, (30_000 - 1024) // 160 + 1, 128)
+    alone = [[spectral.log_mel(samples, 128) for samples in row] for row in audio]
+    np.testing.assert_array_equal(found, alone)
+
+
 def test_mel_filters_equal_the_reference():
     filters = spectral.mel_filters(128)
     np.testing.assert_array_equal(filters.T, reference.mel_filters(128))
