@@ -31,7 +31,7 @@ Shapes = Sequence[tuple[tuple[int, ...], mx.Dtype]]
 
 def find_f0(net: PitchNet, audio: np.ndarray) -> np.ndarray:
     """F0 ``[n // 160 + 1]`` of 16 kHz audio ``[n]``, as a conversion finds it."""
-    signal = pitch.Signal(lambda start, stop: audio[start:stop], len(audio))
+    signal = pitch.Signal(lambda start, stop: audio[None, start:stop], len(audio))
     return pitch.estimate_all(net.salience.start, [signal], net.settings())[0]
 
 

@@ -7,10 +7,11 @@ either, and only what needs the host asks for numpy.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -28,17 +29,42 @@ def array_module(x: Array) -> Any:
 
 
 def reflected(x: Array, before: int, after: int) -> Array:
-    """``x`` ``[n]``, mirrored at its ends, which are not repeated.
+    """``x`` ``[..., n]``, mirrored at its ends, which are not repeated.
 
     Args:
         x: more samples than ``before`` and than ``after``.
-        before: samples in front of it.
+        before: samples in front of it; none here and behind it: it is ``x`` itself.
         after: samples behind it.
     """
-    end = len(x) - 1
-    parts = [x[1 : before + 1][::-1], x, x[end - after : end][::-1]]
-    joined: Array = array_module(x).concatenate(parts)
+    if not (before or after):
+        return x
+    end = x.shape[-1] - 1
+    head, tail = x[..., 1 : before + 1], x[..., end - after : end]
+    parts = [head[..., ::-1], x, tail[..., ::-1]]
+    joined: Array = array_module(x).concatenate(parts, axis=-1)
     return joined
+
+
+class Excerpt(NamedTuple):
+    """Samples ``[n]``, and how many ``reflected`` is to put before and after them."""
+
+    samples: Array
+    before: int = 0
+    after: int = 0
+
+
+def reflected_together(excerpts: Sequence[Excerpt]) -> Array:
+    """Excerpts that are equally long once reflected, ``[B, before + n + after]``.
+
+    Neighbours that are alike are stacked first, and reflected at once.
+    """
+    runs = itertools.groupby(excerpts, lambda e: (len(e.samples), e.before, e.after))
+    return together(
+        [
+            reflected(together([e.samples[None] for e in run]), before, after)
+            for (_, before, after), run in runs
+        ]
+    )
 
 
 def to_host(x: Array) -> np.ndarray:
@@ -169,7 +195,7 @@ def neighbours(
 
 
 def together(arrays: Sequence[Array]) -> Array:
-    """Arrays ``[1, ...]`` of one shape as ``[B, ...]``; the same one again costs nothing.
+    """Arrays ``[b, ...]`` as ``[B, ...]``; the same ``[1, ...]`` again costs nothing.
 
     On the device if one of them is there.
     """
@@ -178,7 +204,7 @@ def together(arrays: Sequence[Array]) -> Array:
         return first
     xp = mx if any(isinstance(array, mx.array) for array in arrays) else np
     joined: Array
-    if all(array is first for array in arrays):
+    if len(first) == 1 and all(array is first for array in arrays):
         joined = xp.broadcast_to(first, (len(arrays), *first.shape[1:]))
     else:
         joined = xp.concatenate([xp.asarray(array) for array in arrays])

@@ -33,7 +33,7 @@ from threading import Lock
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import Array, begin, reflected, to_host
+from rvc_mlx.arrays import Excerpt, begin, to_host
 from rvc_mlx.audio import HIGH_PASS_ORDER, SETTLED, edge_samples
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.spool import Spool
@@ -240,13 +240,13 @@ class DeviceSpool(Spool):
                 # A copy: reading would move the array, which queued networks still read.
                 self._buffer = to_host(self._samples + 0)
 
-    def part(self, start: int, stop: int) -> Array:
-        """See ``Spool.part``; may still be computing."""
+    def excerpt(self, start: int, stop: int) -> Excerpt:
+        """See ``Spool.excerpt``; may still be computing."""
         low, high = max(start, 0), min(stop, len(self))
         before, after = low - start, stop - high
         if low >= high or max(before, after) >= high - low:
-            return mx.array(self.read_reflected(start, stop))
-        return reflected(self._samples[low:high], before, after)
+            return Excerpt(mx.array(self.read_reflected(start, stop)))
+        return Excerpt(self._samples[low:high], before, after)
 
     def close(self) -> None:
         """See ``Spool.close``."""

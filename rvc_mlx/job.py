@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array
+from rvc_mlx.arrays import Excerpt
 from rvc_mlx.audio import SAMPLE_RATE, HighPass, high_pass_spools, resample_blocks
 from rvc_mlx.decoding import Piece
 from rvc_mlx.loading import Encoder, PitchNet, Voice
@@ -153,29 +153,24 @@ class Job:
         with suppress(OSError):  # then ``whole`` and ``blocks`` raise it
             _ = self._gate
 
-    def heard(self, segment: Segment) -> Array:
-        """What the encoder hears of a segment: ``[samples]`` float32 at 16 kHz."""
-        start = segment.start - self._pad * FRAME
-        return self._filtered.part(start, start + segment.samples)
-
-    def signal(self, on_device: bool) -> pitch.Signal:
-        """The padded recording, whose F0 is wanted.
-
-        Args:
-            on_device: whether it is read where the samples are, or on the host.
-        """
-        pad = self._pad * FRAME
-        read = self._filtered.part if on_device else self._filtered.read_reflected
-        return pitch.Signal(
-            lambda start, stop: read(start - pad, stop - pad), self._padded_length()
-        )
-
-    def _padded_length(self) -> int:
+    @property
+    def padded_length(self) -> int:
+        """Samples at 16 kHz of the padded recording, once it is prepared."""
         return self.segments[-1].start + self.segments[-1].samples
+
+    def heard(self, start: int, stop: int) -> Excerpt:
+        """Samples of the padded recording at 16 kHz, where the filter left them."""
+        pad = self._pad * FRAME
+        return self._filtered.excerpt(start - pad, stop - pad)
+
+    def heard_on_host(self, start: int, stop: int) -> np.ndarray:
+        """As ``heard``, ``[stop - start]`` float32 on the host."""
+        pad = self._pad * FRAME
+        return self._filtered.read_reflected(start - pad, stop - pad)
 
     def take_f0(self, f0: np.ndarray) -> None:
         """Keep F0 ``[T]`` in Hz of the padded recording, with the changes asked for."""
-        missing = self._padded_length() // FRAME + 1 - len(f0)
+        missing = self.padded_length // FRAME + 1 - len(f0)
         self.f0 = self._changed_f0(np.pad(f0, (0, max(0, missing))))
 
     def piece(self, segment: Segment) -> Piece:

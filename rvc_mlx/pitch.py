@@ -128,19 +128,27 @@ class PitchSettings:
                 f"{multiple}"
             )
 
+    def filled_up(self, frames: int) -> int:
+        """Frames that the network is given for so many."""
+        return frames + -frames % self.frames_multiple
+
 
 @dataclass(frozen=True)
 class Signal:
-    """Audio whose F0 is wanted.
+    """Recordings of one length whose F0 is wanted.
 
     Attributes:
-        read: samples ``start..stop``, float32 at 16 kHz; on the host where the log-mel
-            is made there, and then called by several threads.
-        length: samples in all, more than 512.
+        read: their samples ``start..stop``, ``[count, stop - start]`` float32 at
+            16 kHz; on the host where the log-mel is made there, and then called by
+            several threads.
+        length: samples of each in all, more than 512.
+        count: recordings, whose chunks go through the network together, no matter what
+            ``batch_frames`` is.
     """
 
     read: Reader
     length: int
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -164,11 +172,15 @@ def estimate_f0(
     mel_padding: str = "reflect",
     chunk_frames: int = CHUNK_FRAMES,
 ) -> np.ndarray:
-    """F0 ``[length // 160 + 1]`` float64 in Hz of one signal; see ``estimate_all``."""
+    """F0 ``[length // 160 + 1]`` float64 in Hz of one recording; see ``estimate_all``.
+
+    ``read`` gives ``[stop - start]`` samples.
+    """
     settings = PitchSettings(
         n_mels, threshold, frames_multiple, mel_padding, chunk_frames
     )
-    return estimate_all(salience, [Signal(read, length)], settings)[0]
+    signal = Signal(lambda start, stop: read(start, stop)[None], length)
+    return estimate_all(salience, [signal], settings)[0]
 
 
 def estimate_all(
@@ -176,7 +188,7 @@ def estimate_all(
     signals: Sequence[Signal],
     settings: PitchSettings,
 ) -> list[np.ndarray]:
-    """F0 ``[length // 160 + 1]`` float64 in Hz of each signal; see ``begin_all``."""
+    """F0 ``[length // 160 + 1]`` float64 in Hz of each recording; see ``begin_all``."""
     return begin_all(salience, signals, settings)()
 
 
@@ -200,29 +212,33 @@ def begin_all(
         settings: how.
 
     Returns:
-        What waits for the F0 of all of them, ``[length // 160 + 1]`` float64 in Hz each.
+        What waits for the F0 of all their recordings in order, ``[length // 160 + 1]``
+        float64 in Hz each.
     """
-    curves = [np.zeros(signal.length // HOP_LENGTH + 1) for signal in signals]
+    curves = [np.zeros((s.count, s.length // HOP_LENGTH + 1)) for s in signals]
     chunks = [
         chunk
         for number, curve in enumerate(curves)
-        for chunk in _plan_chunks(number, len(curve), settings)
+        for chunk in _plan_chunks(number, curve.shape[1], settings)
     ]
 
     def mel(chunk: _Chunk) -> Array:
         frames = _mel_frames(signals[chunk.number], chunk.start, chunk.stop, settings)
-        return _fill_up(frames, settings.frames_multiple, settings.mel_padding)
+        return _fill_up(frames, settings)
 
     def begun() -> Iterator[tuple[list[_Chunk], Callable[[], np.ndarray]]]:
         on_host = settings.log_mel is log_mel
         made = in_parallel(mel, chunks) if on_host else map(mel, chunks)
 
-        def size(pair: tuple[_Chunk, Array]) -> int:
-            return len(pair[1])
+        def length(pair: tuple[_Chunk, Array]) -> int:
+            return pair[1].shape[1]
+
+        def frames(pair: tuple[_Chunk, Array]) -> int:
+            return len(pair[1]) * length(pair)
 
         pairs = zip(chunks, made, strict=True)
-        for group in neighbours(pairs, size, size, settings.batch_frames):
-            found = salience(together([mel[None] for _, mel in group]))
+        for group in neighbours(pairs, length, frames, settings.batch_frames):
+            found = salience(together([mel for _, mel in group]))
             rows = found.reshape(-1, found.shape[-1])
             yield (
                 [chunk for chunk, _ in group],
@@ -234,10 +250,13 @@ def begin_all(
 
     def finish() -> list[np.ndarray]:
         for group, found in itertools.chain([first] if first else [], groups):
-            for chunk, f0 in zip(group, np.split(found(), len(group)), strict=True):
-                inner = f0[chunk.kept - chunk.start : chunk.until - chunk.start]
-                curves[chunk.number][chunk.kept : chunk.until] = inner
-        return curves
+            counts = [signals[chunk.number].count for chunk in group]
+            rows = found().reshape(sum(counts), -1)
+            parts = np.split(rows, np.cumsum(counts)[:-1])
+            for chunk, f0 in zip(group, parts, strict=True):
+                inner = f0[:, chunk.kept - chunk.start : chunk.until - chunk.start]
+                curves[chunk.number][:, chunk.kept : chunk.until] = inner
+        return [f0 for curve in curves for f0 in curve]
 
     return finish
 
@@ -257,21 +276,25 @@ def _plan_chunks(number: int, total: int, settings: PitchSettings) -> Iterator[_
 def _mel_frames(
     signal: Signal, start: int, stop: int, settings: PitchSettings
 ) -> Array:
-    """Log-mel frames ``start..stop`` of a signal, reflected at its two ends."""
+    """Log-mel frames ``start..stop`` of a signal, reflected at its two ends.
+
+    Returns:
+        ``[count, stop - start, n_mels]`` float32.
+    """
     first = start * HOP_LENGTH - N_FFT // 2
     last = (stop - 1) * HOP_LENGTH + N_FFT // 2
     samples = signal.read(max(first, 0), min(last, signal.length))
-    pads = (max(-first, 0), max(last - signal.length, 0))
-    if any(pads):
-        samples = reflected(samples, *pads)
+    samples = reflected(samples, max(-first, 0), max(last - signal.length, 0))
     return settings.log_mel(samples, settings.n_mels)
 
 
-def _fill_up(mel: Array, multiple: int, padding: str) -> Array:
-    missing = -len(mel) % multiple
+def _fill_up(mel: Array, settings: PitchSettings) -> Array:
+    T = mel.shape[1]
+    missing = settings.filled_up(T) - T
     if not missing:
         return mel
-    padded: Array = array_module(mel).pad(mel, ((0, missing), (0, 0)), mode=padding)
+    pads = ((0, 0), (0, missing), (0, 0))
+    padded: Array = array_module(mel).pad(mel, pads, mode=settings.mel_padding)
     return padded
 
 

@@ -25,7 +25,13 @@ from typing import NoReturn
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, array_module, neighbours, one_ahead, together
+from rvc_mlx.arrays import (
+    Array,
+    array_module,
+    neighbours,
+    one_ahead,
+    reflected_together,
+)
 from rvc_mlx.decoding import Piece, Plan, Windows, sample_latents, start_windows
 from rvc_mlx.job import Job, Nets, prepare
 from rvc_mlx.machine import in_parallel
@@ -202,7 +208,9 @@ def _encoded(
 
     for batch in neighbours(parts, lambda part: part[1].samples, weight, most):
         with nets.encoder.beside():
-            audio = together([job.heard(segment)[None] for job, segment in batch])
+            audio = reflected_together(
+                [job.heard(s.start, s.start + s.samples) for job, s in batch]
+            )
         with report.stage("content"):
             features = nets.encoder.start(audio, nets.voice.config.version)
         yield batch, features
@@ -219,7 +227,13 @@ def _begin_f0(
         threshold=options.f0_threshold, mel_padding=options.mel_padding
     )
     asked = [job for job in jobs if job.given_f0 is None]
-    signals = [job.signal(net.on_device) for job in asked]
+
+    def frames(job: Job) -> int:
+        return settings.filled_up(job.padded_length // FRAME + 1)
+
+    most = settings.batch_frames if net.on_device else 0
+    alike = neighbours(asked, lambda job: job.padded_length, frames, most)
+    signals = [_signal(jobs, net.on_device) for jobs in alike]
     found = pitch.begin_all(net.salience.start, signals, settings)
 
     def finish() -> None:
@@ -230,6 +244,17 @@ def _begin_f0(
                 job.take_f0(job.given_f0)
 
     return finish
+
+
+def _signal(jobs: Sequence[Job], on_device: bool) -> pitch.Signal:
+    """Padded recordings of one length; one alone where the host makes the log-mel."""
+
+    def read(start: int, stop: int) -> Array:
+        if on_device:
+            return reflected_together([job.heard(start, stop) for job in jobs])
+        return jobs[0].heard_on_host(start, stop)[None]
+
+    return pitch.Signal(read, jobs[0].padded_length, len(jobs))
 
 
 def _features(

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, copy_to
+from .arrays import Excerpt, copy_to
 
 BLOCK = 1 << 18  # samples: 1 MiB of float32
 MEMORY = 32 << 20  # bytes of a recording kept in memory: 9 minutes at 16 kHz
@@ -192,9 +192,9 @@ class Spool:
         low = int(index.min())
         return self.read(low, int(index.max()) + 1)[index - low]
 
-    def part(self, start: int, stop: int) -> Array:
-        """``read_reflected``, where the samples are: for networks."""
-        return self.read_reflected(start, stop)
+    def excerpt(self, start: int, stop: int) -> Excerpt:
+        """``read_reflected`` for networks: where the samples are, not yet reflected."""
+        return Excerpt(self.read_reflected(start, stop))
 
     def _mirrored_once(self, start: int, stop: int) -> np.ndarray:
         """``read_reflected`` of a range that leaves the array by less than its length."""

@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 
 from rvc_mlx.arrays import (
+    Excerpt,
     neighbours,
     one_ahead,
+    reflected,
+    reflected_together,
     steady_length,
     together,
     zeros_behind,
@@ -69,10 +72,47 @@ def test_arrays_are_joined_or_repeated(kind):
     assert together([x]) is x
     assert np.array(together([x, y])).tolist() == [[1, 2], [3, 4]]
     assert np.array(together([x, x, x])).tolist() == [[1, 2]] * 3
+    two = together([x, y])
+    assert np.array(together([two, x])).tolist() == [[1, 2], [3, 4], [1, 2]]
+    assert np.array(together([two, two])).tolist() == [[1, 2], [3, 4]] * 2
     assert isinstance(together([x, y]), type(x))
     mixed = together([np.array([[1, 2]]), mx.array([[3, 4]])])
     assert isinstance(mixed, mx.array)
     assert mixed.tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize("kind", [np.array, mx.array])
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
+@pytest.mark.parametrize("pads", [(4, 0), (0, 4), (1, 3), (0, 0)])
+def test_the_last_axis_is_reflected(rng, kind, shape, pads):
+    x = rng.standard_normal(shape).astype(np.float32)
+    found = reflected(kind(x), *pads)
+    expected = np.pad(x, [(0, 0)] * (x.ndim - 1) + [pads], mode="reflect")
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_what_is_not_reflected_is_not_copied():
+    x = np.ones((2, 3))
+    assert reflected(x, 0, 0) is x
+    assert np.shares_memory(reflected_together([Excerpt(x[0])]), x)
+
+
+@pytest.mark.parametrize("kind", [np.array, mx.array])
+def test_excerpts_of_one_length_once_reflected_go_together(rng, kind, monkeypatch):
+    shapes = [(7, 2, 1), (7, 2, 1), (7, 1, 2), (10, 0, 0), (8, 2, 0), (8, 2, 0)]
+    made = [(rng.standard_normal(n).astype(np.float32), pads) for n, *pads in shapes]
+    calls = []
+
+    def watched(x, *pads):
+        calls.append((len(x), *pads))
+        return reflected(x, *pads)
+
+    monkeypatch.setattr("rvc_mlx.arrays.reflected", watched)
+    found = reflected_together([Excerpt(kind(x), *pads) for x, pads in made])
+    expected = [np.pad(x, pads, mode="reflect") for x, pads in made]
+    assert isinstance(found, type(kind([])))
+    np.testing.assert_array_equal(found, expected)
+    assert calls == [(2, 2, 1), (1, 1, 2), (1, 0, 0), (2, 2, 0)]
 
 
 @pytest.mark.parametrize("least", [1, 32])

@@ -10,6 +10,7 @@ from cuda_on_processor import as_on_processor, needs_compiler, results
 from scipy import signal
 
 from rvc_mlx import device_high_pass as module
+from rvc_mlx.arrays import reflected_together
 from rvc_mlx.audio import SETTLED, high_pass, high_pass_design
 from rvc_mlx.device_high_pass import DeviceSpool, device_high_pass
 from rvc_mlx.engine import choose_engine
@@ -180,9 +181,10 @@ def test_a_long_result_is_kept_as_the_source_is(rng, by_scipy):
 def test_a_recording_on_the_device_is_read_there_as_on_the_host(rng, start, stop):
     x = recording(rng, 50)
     with Spool.around(x) as host, DeviceSpool(mx.array(x)) as device:
-        found = device.part(start, stop)
-        assert isinstance(found, mx.array)
-        np.testing.assert_array_equal(found, host.part(start, stop))
+        excerpt = device.excerpt(start, stop)
+        assert isinstance(excerpt.samples, mx.array)
+        [found] = reflected_together([excerpt])
+        np.testing.assert_array_equal(found, host.excerpt(start, stop).samples)
         np.testing.assert_array_equal(device.read_reflected(start, stop), found)
         assert [len(block) for block in device.blocks(20)] == [20, 20, 10]
 
@@ -193,7 +195,7 @@ def test_the_host_fetches_a_recording_when_it_reads(rng, monkeypatch):
     x = recording(rng, 50)
     with DeviceSpool(mx.array(x)) as spool:
         assert len(spool) == 50
-        assert isinstance(spool.part(-10, 40), mx.array)
+        assert isinstance(spool.excerpt(-10, 40).samples, mx.array)
         assert not fetched
         np.testing.assert_array_equal(spool.read(3, 40), x[3:40])
         np.testing.assert_array_equal(spool.take(), x)

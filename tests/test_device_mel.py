@@ -69,7 +69,7 @@ def salience(mel):
 def test_curves_are_those_of_the_host(speech, padding, batch):
     """Short chunks, filled up, alone and together."""
     long = np.tile(speech, 3)
-    signal = pitch.Signal(lambda start, stop: long[start:stop], len(long))
+    signal = pitch.Signal(lambda start, stop: long[None, start:stop], len(long))
     common = {"mel_padding": padding, "chunk_frames": 1088, "batch_frames": batch}
     host = pitch.PitchSettings(**common)
     device = pitch.PitchSettings(**common, log_mel=device_log_mel)
@@ -78,6 +78,39 @@ def test_curves_are_those_of_the_host(speech, padding, batch):
     assert (wanted > 0).any()
     assert ((found > 0) == (wanted > 0)).all()
     assert np.allclose(found, wanted, rtol=1e-3)
+
+
+@pytest.mark.parametrize("padding", ["reflect", "constant"])
+@pytest.mark.parametrize("batch", [0, 1500, 10**5])
+def test_curves_together_are_what_each_is_alone(speech, padding, batch):
+    """Equal ones, nearly equal ones, several chunks, and the shortest."""
+    lengths = [(3, 16_000), (1, 16_050), (2, 16_200), (2, 16_000 * 14), (2, 513)]
+    talk = np.tile(speech, 4)
+    several = [
+        np.stack([talk[5000 * i + 7000 :][:n] for i in range(count)])
+        for count, n in lengths
+    ]
+    settings = pitch.PitchSettings(
+        mel_padding=padding,
+        chunk_frames=1088,
+        batch_frames=batch,
+        log_mel=device_log_mel,
+    )
+
+    def signal(clips):
+        read = mx.array(clips)
+        return pitch.Signal(
+            lambda start, stop: read[:, start:stop], clips.shape[1], len(clips)
+        )
+
+    found = pitch.estimate_all(salience, list(map(signal, several)), settings)
+    each = [clip for clips in several for clip in clips]
+    assert [len(f0) for f0 in found] == [len(clip) // HOP_LENGTH + 1 for clip in each]
+    for clip, f0 in zip(each, found, strict=True):
+        [alone] = pitch.estimate_all(salience, [signal(clip[None])], settings)
+        assert (alone > 0).any()
+        assert ((f0 > 0) == (alone > 0)).all()
+        assert np.allclose(f0, alone, rtol=1e-4)
 
 
 def test_exact_engines_and_hosts_keep_the_exact_mel(speech):

@@ -130,9 +130,9 @@ class Recording:
         self.asked = []
 
     def __call__(self, start, stop):
-        assert 0 <= start < stop <= len(self.audio)
+        assert 0 <= start < stop <= self.audio.shape[-1]
         self.asked.append(stop - start)
-        return self.audio[start:stop]
+        return self.audio[..., start:stop]
 
 
 @pytest.mark.parametrize("padding", ["reflect", "constant"])
@@ -179,11 +179,10 @@ def test_the_network_sees_the_reference_s_mel(samples, chunk):
 @pytest.mark.parametrize("batch", [0, 700, 10**6])
 def test_signals_together_are_what_each_is_alone(batch, monkeypatch):
     monkeypatch.setattr(pitch, "CHUNK_CONTEXT", 64)
-    frames = [300, 310, 300, 1500, 40]
-    signals = [
-        pitch.Signal(Recording(tone(160 * n, seed)), 160 * n)
-        for seed, n in enumerate(frames)
+    recordings = [
+        tone(160 * n, seed) for seed, n in enumerate([300, 310, 300, 1500, 40])
     ]
+    signals = [pitch.Signal(Recording(audio[None]), len(audio)) for audio in recordings]
     sizes = []
 
     def salience(mel):
@@ -196,9 +195,38 @@ def test_signals_together_are_what_each_is_alone(batch, monkeypatch):
     largest = max(count * length for count, length in sizes)
     assert largest <= max(batch, 320)
     assert (largest > 320) == (batch > 320)
-    for signal, f0 in zip(signals, found, strict=True):
+    for audio, f0 in zip(recordings, found, strict=True):
         alone = pitch.estimate_f0(
-            smooth_salience, signal.read, signal.length, chunk_frames=320
+            smooth_salience, Recording(audio), len(audio), chunk_frames=320
+        )
+        np.testing.assert_array_equal(f0, alone)
+
+
+@pytest.mark.parametrize(("batch", "counts"), [(10**4, [10, 2]), (2000, [6, 4, 2])])
+def test_recordings_of_one_signal_are_what_each_is_alone(batch, counts, monkeypatch):
+    """Next to others whose chunks are as long."""
+    monkeypatch.setattr(pitch, "CHUNK_CONTEXT", 64)
+    recordings = [
+        np.stack([tone(160 * n, 10 * n + i) for i in range(count)])
+        for n, count in [(300, 3), (310, 1), (700, 2), (40, 2)]
+    ]
+    signals = [
+        pitch.Signal(Recording(audio), audio.shape[1], len(audio))
+        for audio in recordings
+    ]
+    sizes = []
+
+    def salience(mel):
+        sizes.append(mel.shape[:2])
+        return np.concatenate([smooth_salience(row[None]) for row in mel])
+
+    settings = pitch.PitchSettings(chunk_frames=320, batch_frames=batch)
+    found = pitch.estimate_all(salience, signals, settings)
+    assert sizes == [*((count, 320) for count in counts[:-1]), (counts[-1], 64)]
+    each = [audio for several in recordings for audio in several]
+    for audio, f0 in zip(each, found, strict=True):
+        alone = pitch.estimate_f0(
+            smooth_salience, Recording(audio), len(audio), chunk_frames=320
         )
         np.testing.assert_array_equal(f0, alone)
 
@@ -430,7 +458,7 @@ def test_a_device_decodes_before_the_result_is_asked_for(rng, monkeypatch):
     begun = []
     monkeypatch.setattr(pitch, "begin", lambda *arrays: begun.append(arrays))
     silence = pitch.Signal(
-        lambda start, stop: np.zeros(stop - start, np.float32), 10000
+        lambda start, stop: np.zeros((1, stop - start), np.float32), 10000
     )
     finish = pitch.begin_all(lambda mel: salience, [silence], pitch.PitchSettings())
     ((strongest, strengths),) = begun

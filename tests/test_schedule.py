@@ -256,6 +256,43 @@ def test_what_is_filtered_on_the_device_stays_there(small_models, clips):
         np.testing.assert_array_equal(ours.audio, theirs.audio)
 
 
+@pytest.mark.parametrize("padding", ["reflect", "constant"])
+@pytest.mark.parametrize(
+    ("frames", "counts"), [(190, [1] * 5), (200, [2, 2, 1]), (10**6, [4, 1])]
+)
+def test_mels_of_a_wave_are_made_together_on_the_device(
+    small_models, speech, clips, padding, frames, counts
+):
+    """The last but one is padded to the length of the three before, in another way.
+
+    Two of 81 frames are 192 for the pitch net.
+    """
+    clips = [clips[0], clips[2], clips[3], speech[9000:13850], clips[4]]
+    bytes_of_frame = (
+        4 * 32 * batching_converter(small_models, 0).encoder.config.conv_dim
+    )
+    converter = batching_converter(small_models, frames * bytes_of_frame)
+    made = []
+
+    def watched(samples, n_mels):
+        made.append(samples.shape)
+        return device_log_mel(samples, n_mels)
+
+    def on_device(sources, gains):
+        return [
+            DeviceSpool(mx.array(filtered.take()))
+            for filtered in high_pass_spools(sources, gains)
+        ]
+
+    net = converter.pitch_net
+    net.on_device, net.log_mel = True, watched
+    net.batch_frames = frames
+    converter._high_pass = on_device
+    options = ConversionOptions(mel_padding=padding, **OPTIONS)
+    check_like_alone(converter, clips, options, 1e-5)
+    assert [count for count, _ in made[: -len(clips)]] == counts
+
+
 def test_an_empty_index_is_refused(small_models, clips, tmp_path):
     faiss = pytest.importorskip("faiss")
     faiss.write_index(faiss.IndexFlatL2(256), str(tmp_path / "trained.index"))
@@ -296,9 +333,9 @@ def test_what_is_heard_is_made_beside_what_is_queued(small_models, clips, monkey
     engine._two_streams = True
     heard = job.Job.heard
 
-    def watched(self, segment):
+    def watched(self, start, stop):
         made.append(str(mx.default_stream(mx.default_device())))
-        return heard(self, segment)
+        return heard(self, start, stop)
 
     monkeypatch.setattr(job.Job, "heard", watched)
     converter.convert(clips[0], 16000, ConversionOptions(**OPTIONS))
