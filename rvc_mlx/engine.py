@@ -26,7 +26,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rvc_mlx import fused_encoder, fused_prior, fused_unet, product_convs
+from rvc_mlx import (
+    fused_encoder,
+    fused_prior,
+    fused_source,
+    fused_unet,
+    product_convs,
+)
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.audio import HighPass, high_pass_spools
 from rvc_mlx.compiling import Replayed
@@ -38,7 +44,7 @@ from rvc_mlx.fused_blocks import FusedBlocks
 from rvc_mlx.fused_joints import quicken_joints
 from rvc_mlx.gru_kernel import checked, supports
 from rvc_mlx.models.contentvec import ContentVec
-from rvc_mlx.models.nsf_hifigan import HiFiGAN
+from rvc_mlx.models.nsf_hifigan import HiFiGAN, SineSource
 from rvc_mlx.models.rmvpe import GRU, RMVPE
 from rvc_mlx.models.synthesizer import Synthesizer
 from rvc_mlx.noise import DeviceNoise, Noise
@@ -250,6 +256,8 @@ class MLXEngine:
                 fused_encoder.quicken(network)
             elif isinstance(network, Synthesizer):
                 fused_prior.quicken(network)
+            elif getattr(step, "__func__", None) is SineSource.from_frames:
+                step = functools.partial(fused_source.from_frames, network)
         if isinstance(step, GRU):
             return checked(step) if supports(step) else step
         # On CUDA each fusion would take seconds once; see ``_joined``.

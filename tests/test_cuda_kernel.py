@@ -17,6 +17,7 @@ from rvc_mlx import (
     fused_joints,
     fused_norm,
     fused_prior,
+    fused_source,
     fused_unet,
     gru_kernel,
     image_conv,
@@ -115,6 +116,7 @@ def others():
         attention = {"T": dtype, **attention_kernel._SIZES}
         yield attention_kernel._KERNEL, (dtype, INT), (dtype,), attention
     yield gru_kernel._CLUSTER_KERNEL, (F32, F32, F32, INT), (F32,), {}
+    yield fused_source._KERNEL, 7 * (F32,), (F32,), {}
     for recording in (True, False):
         constants = {"RECORDING": recording}
         yield device_high_pass._kernel(), (F32, F32, INT), (F32,) * 2, constants

@@ -27,6 +27,8 @@ from rvc_mlx.engine import (
     fingerprint,
 )
 from rvc_mlx.models.contentvec import ContentVec
+from rvc_mlx.models.nsf_hifigan import SineSource
+from rvc_mlx.models.refinegan import MergedSource
 from rvc_mlx.models.rmvpe import GRU
 from rvc_mlx.steady import Rows, Steady
 
@@ -202,6 +204,23 @@ def test_a_loop_over_frames_is_not_kept(monkeypatch):
     assert not isinstance(step, Replayed)
     with mx.stream(mx.cpu):
         assert step(mx.ones((1, 5, 4))).shape == (1, 5, 6)
+
+
+@pytest.mark.parametrize("source", [SineSource(9), MergedSource()])
+def test_a_source_is_one_kernel_where_products_may_be_short(monkeypatch, source):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    step = source.from_frames
+    assert MLXEngine(mx.Device(mx.cpu), "f16")._prepared(step) == step
+    engine = on_cuda(monkeypatch)
+    made = []
+    monkeypatch.setattr(
+        module.fused_source, "from_frames", lambda *given: made.append(given)
+    )
+    engine._prepared(step)(1, 2, 3, 4)
+    assert made == [(source, 1, 2, 3, 4)]
+    assert engine._prepared(source.excitation) == source.excitation
+    engine._fast_products = False
+    assert engine._prepared(step) == step
 
 
 def test_without_the_switch_graphs_are_built_anew(monkeypatch, caplog):

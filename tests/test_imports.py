@@ -47,6 +47,7 @@ ORDER = [
         "windows",
         "product_convs",
         "fused_joints",
+        "fused_source",
         "image_conv",
         "plane_kernel",
         "fused_blocks",

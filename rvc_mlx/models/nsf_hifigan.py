@@ -38,6 +38,12 @@ class SineSource(nn.Module):
         super().__init__()
         self.l_linear = nn.Linear(harmonics, 1)
 
+    @property
+    def merge_layer(self) -> nn.Linear:
+        """From all harmonics to one channel."""
+        layer: nn.Linear = self.l_linear
+        return layer
+
     def __call__(
         self, voiced: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
     ) -> mx.array:
@@ -52,7 +58,7 @@ class SineSource(nn.Module):
         Returns:
             ``[B, T * U, 1]`` in -1..1.
         """
-        return mx.tanh(self.l_linear(self.excitation(voiced, phase, offset, noise)))
+        return mx.tanh(self.merge_layer(self.excitation(voiced, phase, offset, noise)))
 
     def from_frames(
         self, cycles: mx.array, start: mx.array, offset: mx.array, noise: mx.array

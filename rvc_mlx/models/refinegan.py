@@ -131,11 +131,11 @@ class MergedSource(SineSource):
         nn.Module.__init__(self)
         self.merge = [nn.Linear(1, 1, bias=False)]
 
-    def __call__(
-        self, voiced: mx.array, phase: mx.array, offset: mx.array, noise: mx.array
-    ) -> mx.array:
+    @property
+    def merge_layer(self) -> nn.Linear:
         """As ``SineSource``."""
-        return mx.tanh(self.merge[0](self.excitation(voiced, phase, offset, noise)))
+        layer: nn.Linear = self.merge[0]
+        return layer
 
 
 class RefineGANGenerator(nn.Module):
