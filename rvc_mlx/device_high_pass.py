@@ -349,11 +349,12 @@ def _filtered(pieces: Sequence[_Piece]) -> list[mx.array]:
         piece.write(x[start : start + piece.length])
     forwards = _launch(pieces, starts, mx.array(x))
     samples, _ = _launch(pieces, starts, *forwards)
-    begin(samples)
-    return [
+    wanted = [
         samples[start : start + piece.length][piece.wanted]
         for piece, start in zip(pieces, starts, strict=False)
     ]
+    begin(*wanted)  # all of them here: another thread has not this one's stream
+    return wanted
 
 
 def _launch(

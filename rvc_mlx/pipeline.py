@@ -385,13 +385,18 @@ def load_on(
 
 
 def _finishing(job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Conversion]:
-    """What finishes a job whose blocks are there; a long one needs them one by one."""
+    """What finishes a job whose blocks are there; or has finished it.
+
+    A long one needs its blocks one by one, and loudness is compared with what the networks
+    heard, which a device holds for this thread.
+    """
 
     def finished(blocks: Iterator[np.ndarray]) -> Conversion:
         with job:
             return Conversion(job.whole(blocks, Report()), job.output_rate)
 
-    if job.target * np.float32().nbytes <= MEMORY:
+    short = job.target * np.float32().nbytes <= MEMORY
+    if short and job.options.volume_envelope == 1:
         return partial(finished, iter(list(raw)))
     conversion = finished(raw)
     return lambda: conversion

@@ -1,5 +1,6 @@
 """The high pass on CUDA against the whole recording's, by scipy."""
 
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 
@@ -163,6 +164,20 @@ def test_the_partial_fractions_are_the_filter():
     expected = signal.lfilter(b, a, 0 * impulse, zi=steady)[0]
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)
     np.testing.assert_allclose(found[:5], expected[:5], rtol=1e-12)
+
+
+def test_another_thread_than_the_one_that_filtered_reads(rng, by_scipy):
+    recordings = [recording(rng, n) for n in (3000, 40)]
+
+    def filtered():
+        with ExitStack() as stack, mx.stream(mx.new_stream(mx.cpu)):
+            sources = [stack.enter_context(Spool.around(x)) for x in recordings]
+            return device_high_pass(sources, [1.0, 0.5])
+
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(filtered).result()
+    for x, spool in zip(recordings, found, strict=True):
+        assert spool.read(0, len(x)).shape == x.shape
 
 
 def test_a_long_result_is_kept_as_the_source_is(rng, by_scipy):

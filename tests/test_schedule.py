@@ -368,11 +368,13 @@ def test_a_window_of_a_new_length_is_one_of_few(small_models, speech):
     assert len(several) == 2
 
 
-@pytest.mark.parametrize("longest", [0, 1 << 16, 1 << 30])
+@pytest.mark.parametrize(
+    ("longest", "envelope"), [(0, 1.0), (1 << 16, 1.0), (1 << 30, 1.0), (1 << 30, 0.5)]
+)
 def test_one_at_a_time_is_exactly_as_alone(
-    small_converter, clips, monkeypatch, longest
+    small_converter, clips, monkeypatch, longest, envelope
 ):
-    finished = []
+    options, finished = ConversionOptions(volume_envelope=envelope), []
     whole = Job.whole
 
     def told(job, *arguments):
@@ -381,14 +383,14 @@ def test_one_at_a_time_is_exactly_as_alone(
 
     monkeypatch.setattr(pipeline, "MEMORY", longest)
     monkeypatch.setattr(Job, "whole", told)
-    found = small_converter.convert_many(clips, 16000)
-    # Long ones are finished on the way, the others beside it.
+    found = small_converter.convert_many(clips, 16000, options)
+    # Some are finished on the way, the others beside it.
     for length, thread in finished:
-        beside = thread is not threading.main_thread()
-        assert beside == (4 * length <= longest and machine.processors() > 1)
+        short = 4 * length <= longest and envelope == 1 and machine.processors() > 1
+        assert (thread is not threading.main_thread()) == short
     monkeypatch.undo()
     for clip, (audio, _) in zip(clips, found, strict=True):
-        alone = small_converter.convert(clip, 16000)
+        alone = small_converter.convert(clip, 16000, options)
         np.testing.assert_array_equal(audio, alone.audio)
 
 
