@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from rvc_mlx.arrays import (
@@ -23,7 +24,9 @@ from rvc_mlx.arrays import (
     to_host,
     together,
 )
+from rvc_mlx.elementwise import on_cuda
 from rvc_mlx.machine import in_parallel
+from rvc_mlx.salience_kernel import strongest_bins
 from rvc_mlx.spectral import HOP_LENGTH, N_FFT, LogMel, log_mel
 
 FRAME_RATE = 100  # frames per second
@@ -31,6 +34,7 @@ FRAME_LENGTH = HOP_LENGTH  # samples of 16 kHz audio per frame
 
 CENTS_PER_BIN = 20
 FIRST_BIN_CENTS = 1997.3794084376191  # of bin 0, above 10 Hz
+_NEAR = 4  # bins on each side of the strongest that count
 VOICING_THRESHOLD = 0.03  # salience at or below which a frame is unvoiced
 
 F0_MIN, F0_MAX = 50.0, 1100.0  # Hz, range of the coarse pitch
@@ -68,11 +72,14 @@ def begin_decoding(
 
     A device does it before what it is given next.
     """
-    xp = array_module(salience)
-    strongest = xp.argmax(salience, axis=1)
-    near = strongest[:, None] + xp.arange(9, dtype=strongest.dtype)  # [T, 9]
-    padded = xp.pad(salience, ((0, 0), (4, 4)))
-    strengths = xp.take_along_axis(padded, near, axis=1)
+    if isinstance(salience, mx.array) and salience.size and on_cuda():
+        strongest, strengths = strongest_bins(salience, _NEAR)
+    else:
+        xp = array_module(salience)
+        strongest = xp.argmax(salience, axis=1)
+        near = xp.arange(2 * _NEAR + 1, dtype=strongest.dtype) + strongest[:, None]
+        padded = xp.pad(salience, ((0, 0), (_NEAR, _NEAR)))
+        strengths = xp.take_along_axis(padded, near, axis=1)
     begin(strongest, strengths)
     return lambda: _mean_hertz(to_host(strongest), to_host(strengths), threshold)
 
@@ -84,12 +91,12 @@ def _mean_hertz(
 
     0 where the bin's own, the fifth, is weak. Those of bins that are not there are 0.
     """
-    near = strongest.astype(np.int64)[:, None] + np.arange(-4, 5)
-    cents = CENTS_PER_BIN * near + FIRST_BIN_CENTS
     weights = strengths.astype(np.float64)
-    total = np.maximum(weights.sum(axis=1), 1e-12)
-    mean = (weights * cents).sum(axis=1) / total
-    return np.where(strengths[:, 4] > threshold, 10 * 2 ** (mean / 1200), 0.0)
+    near = np.arange(-_NEAR, _NEAR + 1.0)
+    total = np.maximum(weights @ np.ones_like(near), 1e-12)
+    bins = strongest.astype(np.float64) + weights @ near / total
+    mean = CENTS_PER_BIN * bins + FIRST_BIN_CENTS
+    return np.where(strengths[:, _NEAR] > threshold, 10 * 2 ** (mean / 1200), 0.0)
 
 
 @dataclass(frozen=True)

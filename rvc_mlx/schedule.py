@@ -34,7 +34,6 @@ from rvc_mlx.arrays import (
 )
 from rvc_mlx.decoding import Piece, Plan, Windows, sample_latents, start_windows
 from rvc_mlx.job import Job, Nets, prepare
-from rvc_mlx.machine import in_parallel
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
 from rvc_mlx.segments import FRAME, Segment
@@ -169,9 +168,9 @@ def _begin_wave(
         yield from _decoded(nets, *first, plan, report)
         for parts, raw in encoded:
             yield from _decoded(nets, parts, raw, _plan(nets, parts), report)
-        with report.stage("finish"):  # what can be done before there is a result
-            for _ in in_parallel(Job.find_silence, jobs):
-                pass
+        if len(jobs) == 1:  # of several the host has no time to spare
+            with report.stage("finish"):  # what can be done before there is a result
+                jobs[0].find_silence()
 
     return begin_windows
 

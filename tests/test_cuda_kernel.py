@@ -23,6 +23,7 @@ from rvc_mlx import (
     image_conv,
     normed_conv,
     plane_kernel,
+    salience_kernel,
     step_kernel,
     windows,
 )
@@ -117,6 +118,8 @@ def others():
         yield attention_kernel._KERNEL, (dtype, INT), (dtype,), attention
     yield gru_kernel._CLUSTER_KERNEL, (F32, F32, F32, INT), (F32,), {}
     yield fused_source._KERNEL, 7 * (F32,), (F32,), {}
+    decoding = {"FRAMES": salience_kernel._FRAMES, "NEAR": 4}
+    yield salience_kernel._KERNEL, (F32,), (INT, F32), decoding
     for recording in (True, False):
         constants = {"RECORDING": recording}
         yield device_high_pass._kernel(), (F32, F32, INT), (F32,) * 2, constants

@@ -244,8 +244,8 @@ def test_without_a_gpu_it_does_not_go_elsewhere(rng):
 def test_the_kernel_equals_filtfilt(rng, n, block):
     recordings = [recording(rng, m) for m in (n, 30000, n)]
     filtered = partial(device_high_pass, block=block)
-    # As above; scipy's own blocks differ as much.
-    assert worst(recordings, filtered, [0.7, 1.0, 0.4]) < 2e-7
+    # Of a few samples most is the steady state, of which scipy's own is 1e-7 off.
+    assert worst(recordings, filtered, [0.7, 1.0, 0.4]) < (2e-7 if n > 100 else 4e-7)
 
 
 @pytest.mark.gpu

@@ -40,6 +40,7 @@ ORDER = [
         "device_high_pass",
         "steady",
         "gru_kernel",
+        "salience_kernel",
         "conv_kernel",
         "warpgroup",
         "step_kernel",
