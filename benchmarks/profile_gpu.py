@@ -31,7 +31,10 @@ from rvc_mlx.models.rmvpe import GRU
 
 # Words in a kernel's name, in the order in which they decide.
 FAMILIES = {
-    "own convolution": ("fused_conv", "residual_step", "image_conv", "plane_conv"),
+    "own convolution": (
+        *("fused_conv", "residual_step", "image_conv", "plane_conv"),
+        "waveform",
+    ),
     "own GRU": ("gru",),
     "attention": ("sdpa", "attention", "flash"),
     "convolution": ("conv", "dgrad", "wgrad", "fprop", "winograd", "im2col", "unfold"),
@@ -48,6 +51,7 @@ FAMILIES = {
     "element-wise": (
         *("unary", "binary", "ternary", "elementwise", "arange", "compiled"),
         *("gelu", "gate", "joined", "pooled", "groups_together", "normed_weights"),
+        "harmonic_source",
     ),
 }
 STAGES = (

@@ -7,8 +7,7 @@ product needs no plan::
     ConvTranspose1d    windows of the few frames that ``stride`` outputs see
                        [L, frames * C_in]  x  weights [frames * C_in, stride * C_out]
 
-The last layer has one output, and its windows would be large: it goes through the kernel of
-the residual blocks, with zeros for the outputs that are not wanted.
+The last layer has one output, and its windows would be large: it has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from rvc_mlx.conv_kernel import Output, fused_conv, pack_weight, supports
+from rvc_mlx import fused_waveform
+from rvc_mlx.conv_kernel import supports
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
 from rvc_mlx.steady import few_lengths
 from rvc_mlx.windows import windows
@@ -91,48 +91,29 @@ class ProductUp(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-class OneOutput(nn.Module):
-    """``Conv1d`` with one output as one of several, through ``fused_conv``."""
-
-    def __init__(self, layer: nn.Conv1d):
-        super().__init__()
-        inputs, dtype = layer.weight.shape[2], layer.weight.dtype
-        factors = mx.float16 if dtype == mx.float32 else dtype
-        weight = mx.pad(layer.weight, [(0, inputs - 1), (0, 0), (0, 0)])
-        self._weight = pack_weight(
-            weight, dtype, products=factors, output=Output(dtype)
-        )
-        bias = layer.bias if "bias" in layer else mx.zeros((1,), dtype)
-        self._bias = mx.pad(bias, (0, inputs - 1))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        """``[B, L, C]`` to ``[B, L, 1]``."""
-        y = fused_conv(x, self._weight, self._bias, dilation=1, slope=1.0)
-        return y[..., :1]
-
-
 def _rows(batch: int, frames: int) -> int:
     """Rows of a product for so many frames: few lengths, for which few kernels load."""
     return few_lengths(frames) if batch == 1 and frames <= _FEW_ROWS else frames
 
 
 def serves(vocoder: nn.Module) -> bool:
-    """Whether no convolution of a vocoder has to be left to a library on this machine."""
+    """Whether no convolution of a vocoder has to be left to a library on this machine.
+
+    Its residual blocks want the most: a GPU and widths, of which the last layer has the
+    narrowest.
+    """
     if not isinstance(vocoder, HiFiGAN):
         return False
-    if isinstance(vocoder.conv_post, OneOutput):
-        return True
     _, taps, inputs = vocoder.conv_post.weight.shape
     return supports(inputs, taps, mx.float16)
 
 
 def quicken_convs(vocoder: HiFiGAN) -> None:
     """Let a loaded vocoder compute this way from now on, before ``quicken_joints``."""
-    post = vocoder.conv_post
-    if isinstance(post, OneOutput) or not serves(vocoder):
+    if isinstance(vocoder.conv_pre, ProductConv) or not serves(vocoder):
         return
     vocoder.conv_pre = ProductConv(vocoder.conv_pre)
-    vocoder.conv_post = OneOutput(post)
+    vocoder._waveform = fused_waveform.waveform
     ups = vocoder.upsamples if "upsamples" in vocoder else vocoder.ups
     ups[:] = map(ProductUp, ups)
     if "noise_convs" in vocoder:

@@ -19,6 +19,7 @@ from rvc_mlx import (
     fused_prior,
     fused_source,
     fused_unet,
+    fused_waveform,
     gru_kernel,
     image_conv,
     normed_conv,
@@ -147,6 +148,9 @@ def others():
         rows = (dtype, INT, F32, dtype, dtype, dtype)
         yield normed_conv._WEIGHTS, rows, (dtype,), sizes
         yield fused_joints._KERNEL, (dtype, dtype, F32), (dtype,), pack
+        for channels in (16, 32, 256):
+            end = fused_waveform._constants(dtype, channels, 7)
+            yield fused_waveform._KERNEL, (dtype,) * 3, (F32,), end
         yield fused_prior._HEADS, (dtype,), 3 * (dtype,), pack | {"WINDOW": 10}
         for kept in (True, False):
             row = {"T": dtype, "WINDOW": 10, "THREADS": 256, "KEPT": kept}

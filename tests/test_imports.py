@@ -46,6 +46,7 @@ ORDER = [
         "step_kernel",
         "attention_kernel",
         "windows",
+        "fused_waveform",
         "product_convs",
         "fused_joints",
         "fused_source",

@@ -68,6 +68,8 @@ def test_attention_is_two_products():
         ("void fused_conv::conv_128_tf32", "own convolution"),
         ("residual_step_9a6b22324b18b9a5", "own convolution"),
         ("image_conv_df88f7662eb76232", "own convolution"),
+        ("waveform_da2cc087b8857492", "own convolution"),
+        ("harmonic_source_49c79335b36a66df", "element-wise"),
         ("windows_da2cc087b8857492", "copy"),
         ("gelu_49c79335b36a66df", "element-wise"),
         ("mlx::core::cu::copy_gg_dynamic", "copy"),

@@ -21,6 +21,7 @@ from rvc_mlx.models.voice_config import SynthesizerConfig
 SINE_AMPLITUDE = 0.1
 VOICED_NOISE = 0.003  # deviation of the noise on a voiced sample
 UNVOICED_NOISE = SINE_AMPLITUDE / 3
+LAST_SLOPE = 0.01  # upstream uses the default here, once
 
 
 # Upsampler, source convolution and residual blocks.
@@ -166,6 +167,11 @@ def average_blocks(x: mx.array, blocks: Sequence[Any]) -> mx.array:
     return total / len(blocks)
 
 
+def waveform(x: mx.array, conv_post: Any) -> mx.array:
+    """Audio ``[B, L]`` in -1..1 from what the last stage gives, ``[B, L, C]``."""
+    return mx.tanh(conv_post(leaky_relu(x, LAST_SLOPE)))[..., 0]
+
+
 class HiFiGAN(nn.Module):
     """The path that all HiFi-GAN vocoders share.
 
@@ -177,6 +183,7 @@ class HiFiGAN(nn.Module):
         super().__init__()
         self._context = hifigan_context(config)
         self._upsampled, self._average = upsampled, average_blocks
+        self._waveform = waveform
 
     @property
     def context(self) -> int:
@@ -192,8 +199,7 @@ class HiFiGAN(nn.Module):
         for upsample, source_conv, blocks in self.stages():
             x = self._upsampled(x, upsample, source_conv, source)
             x = self._average(x, blocks)
-        # Upstream uses the default slope here, once.
-        return mx.tanh(self.conv_post(leaky_relu(x, 0.01)))[..., 0]
+        return self._waveform(x, self.conv_post)
 
 
 class Generator(HiFiGAN):
