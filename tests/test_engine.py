@@ -15,7 +15,7 @@ import test_fused_prior
 import test_fused_unet
 
 from rvc_mlx import engine as module
-from rvc_mlx.audio import high_pass_spool
+from rvc_mlx.audio import high_pass_spools
 from rvc_mlx.compiling import Replayed
 from rvc_mlx.engine import (
     MLXEngine,
@@ -326,26 +326,26 @@ def test_only_cuda_filters_on_the_device(monkeypatch, device, cuda):
     monkeypatch.setattr(module, "_gpu_memory", lambda _: 0)
     engine = MLXEngine(mx.Device(device), "f32")
     on_device = cuda and device == mx.gpu
-    assert engine.high_pass == (engine._high_pass if on_device else high_pass_spool)
-    assert OpenVINOEngine.high_pass is high_pass_spool
+    assert engine.high_pass == (engine._high_pass if on_device else high_pass_spools)
+    assert OpenVINOEngine.high_pass is high_pass_spools
 
 
 def test_recordings_are_filtered_on_one_thread_aside(monkeypatch):
     """Each thread has a stream of its own: this one waits for no network."""
     calls = []
 
-    def filtered(source, *, gain):
-        calls.append((source, gain, threading.current_thread()))
-        if gain == 2:
+    def filtered(sources, gains):
+        calls.append((sources, gains, threading.current_thread()))
+        if gains == [2]:
             raise ValueError("the recording is empty")
-        return source
+        return sources
 
     monkeypatch.setattr(module, "device_high_pass", filtered)
     engine = MLXEngine(mx.Device(mx.cpu), "f32")
-    assert [engine._high_pass(n, gain=0.5) for n in (1, 2)] == [1, 2]
+    assert [engine._high_pass([n], [0.5]) for n in (1, 2)] == [[1], [2]]
     with pytest.raises(ValueError, match="empty"):
-        engine._high_pass(3, gain=2)
-    assert [call[:2] for call in calls] == [(1, 0.5), (2, 0.5), (3, 2)]
+        engine._high_pass([3], [2])
+    assert [call[:2] for call in calls] == [([1], [0.5]), ([2], [0.5]), ([3], [2])]
     [thread] = {call[2] for call in calls}
     assert thread is not threading.current_thread()
 
