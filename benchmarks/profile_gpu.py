@@ -40,7 +40,7 @@ FAMILIES = {
     "convolution": ("conv", "dgrad", "wgrad", "fprop", "winograd", "im2col", "unfold"),
     "matrix product": ("gemm", "gemv", "cutlass", "splitk", "matmul", "nvjet"),
     "norm, softmax": ("norm", "softmax"),
-    "reduction": ("reduce", "scan", "arg"),
+    "reduction": ("reduce", "scan", "arg", "strongest_bins"),
     "Fourier transform": ("fft",),
     "copy": (
         *("copy", "memcpy", "memset", "transpose", "nchw", "nhwc", "windows"),
@@ -51,7 +51,7 @@ FAMILIES = {
     "element-wise": (
         *("unary", "binary", "ternary", "elementwise", "arange", "compiled"),
         *("gelu", "gate", "joined", "pooled", "groups_together", "normed_weights"),
-        "harmonic_source",
+        *("harmonic_source", "rectified", "high_pass"),
     ),
 }
 STAGES = (

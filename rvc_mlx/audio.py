@@ -6,6 +6,7 @@ audio costs no more memory than a minute. Loudness is in ``loudness``, files are
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import cache
 
 import numpy as np
@@ -148,7 +149,11 @@ HighPass = Callable[[Sequence[Spool], Sequence[float]], list[Spool]]
 def high_pass_spools(sources: Sequence[Spool], gains: Sequence[float]) -> list[Spool]:
     """``high_pass_spool`` of several recordings, each with its gain."""
     pairs = list(zip(sources, gains, strict=True))
-    return list(in_parallel(lambda pair: high_pass_spool(pair[0], gain=pair[1]), pairs))
+    filtered = in_parallel(lambda pair: high_pass_spool(pair[0], gain=pair[1]), pairs)
+    with ExitStack() as made:
+        found = [made.enter_context(spool) for spool in filtered]
+        made.pop_all()
+    return found
 
 
 def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> Spool:
@@ -192,7 +197,7 @@ def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> S
             return y[SETTLED : SETTLED + block]
         low = max(start - SETTLED, -edge)
         x = np.concatenate(
-            odd_extended(source, low, min(stop + SETTLED, count + edge)), dtype=float
+            _odd_extended(source, low, min(stop + SETTLED, count + edge)), dtype=float
         )
         forwards = run(gain * x)[start - low :]
         return run(forwards[::-1])[::-1][: stop - start]
@@ -207,7 +212,7 @@ def high_pass_spool(source: Spool, block: int = 1 << 16, gain: float = 1.0) -> S
     return result
 
 
-def odd_extended(source: Spool, start: int, stop: int) -> list[np.ndarray]:
+def _odd_extended(source: Spool, start: int, stop: int) -> list[np.ndarray]:
     """Return samples around which ``edge_samples`` are point-mirrored at both ends.
 
     Args:

@@ -1,4 +1,4 @@
-"""The 48 Hz high pass on NVIDIA GPUs: ``audio.high_pass_spool`` as a kernel.
+"""The 48 Hz high pass on NVIDIA GPUs: ``audio.high_pass_spools`` as a kernel.
 
 A recursive filter goes from sample to sample, but what it carries from one run of samples
 to the next only fades. So the threads of a block make a run each from nothing, hand on
@@ -22,18 +22,22 @@ Recordings lie one behind another, and go through together::
     x  |front| recording |back|room| |front| recording ...
 
 The first launch makes front and back, the mirrored ends, from the recording.
+
+Half of this long file is the CUDA source, and the filter's numbers, which are part of it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from functools import cache
 from threading import Lock
 
 import mlx.core as mx
 import numpy as np
 
-from rvc_mlx.arrays import Excerpt, begin, to_host
+from rvc_mlx.arrays import Excerpt, begin, neighbours, to_host
 from rvc_mlx.audio import HIGH_PASS_ORDER, SETTLED, edge_samples
 from rvc_mlx.cuda_kernel import CudaKernel, Grid
 from rvc_mlx.spool import Spool
@@ -216,12 +220,14 @@ class DeviceSpool(Spool):
     """A recording that lies on a GPU; the host fetches it when it first reads.
 
     Args:
-        samples: ``[n]`` float32; may still be computing.
+        samples: ``[n]`` float32; begun, as other threads may read it first, but it may
+            still be computing.
     """
 
     def __init__(self, samples: mx.array):
         super().__init__(memory=np.iinfo(np.int64).max)
         self._samples, self._length = samples, len(samples)
+        self._nothing = mx.zeros(0)
         self._fetching = Lock()
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -251,7 +257,7 @@ class DeviceSpool(Spool):
     def close(self) -> None:
         """See ``Spool.close``."""
         super().close()
-        self._samples = mx.zeros(0)
+        self._samples = self._nothing  # made here, it would give the thread a stream
 
 
 def device_high_pass(
@@ -259,13 +265,14 @@ def device_high_pass(
 ) -> list[Spool]:
     """As ``audio.high_pass_spools``, on MLX's CUDA device.
 
-    A block is filtered together with its surroundings, as there; recordings that are one
-    block are filtered together.
+    A block is filtered together with its surroundings, as there. Recordings of one block
+    are filtered together; longer ones one by one, and waited for.
 
     Args:
         sources: float32 recordings at 16 kHz, at least one sample each.
         gains: factors applied to the recordings.
-        block: samples of a result made at once; the GPU holds five arrays of them.
+        block: samples made at once, of one or of several results, more only with the
+            surroundings; the GPU holds five arrays of them.
 
     Returns:
         Float32 spools of the same lengths; the arithmetic before is float64. One block
@@ -275,18 +282,21 @@ def device_high_pass(
         ValueError: if a spool is empty.
         RuntimeError: there is no CUDA GPU or no NVRTC.
     """
-    whole = [
-        _Piece(source, 0, len(source), gain)
-        for source, gain in zip(sources, gains, strict=True)
-        if len(source) <= block
-    ]
-    together = iter(_filtered(whole))
-    return [
-        DeviceSpool(next(together))
-        if len(source) <= block
-        else _by_blocks(source, gain, block)
-        for source, gain in zip(sources, gains, strict=True)
-    ]
+    pairs = list(zip(sources, gains, strict=True))
+    whole = [_Piece(s, 0, len(s), gain) for s, gain in pairs if len(s) <= block]
+    runs = neighbours(whole, lambda _: None, lambda piece: piece.length, block)
+    together = itertools.chain.from_iterable(map(_filtered, runs))
+    with ExitStack() as made:
+        found = [
+            made.enter_context(
+                DeviceSpool(next(together))
+                if len(source) <= block
+                else _by_blocks(source, gain, block)
+            )
+            for source, gain in pairs
+        ]
+        made.pop_all()
+    return found
 
 
 def _by_blocks(source: Spool, gain: float, block: int) -> Spool:
@@ -339,8 +349,6 @@ class _Piece:
 
 def _filtered(pieces: Sequence[_Piece]) -> list[mx.array]:
     """Forwards, then backwards: what is wanted of each piece, float32."""
-    if not pieces:
-        return []
     # The last run ends in a piece's room, and so does what it reads ahead.
     rooms = [-(-piece.length // _RUN) * _RUN + _BATCH for piece in pieces]
     starts = np.cumsum([0, *rooms]).tolist()

@@ -278,7 +278,7 @@ class WindowedEmbedding(nn.Module):
         shape = (G, B * count, self._blocks * _STEP * C // G)
         packs = max(math.prod(shape), G * B * count * _STEP * C // G) // PACK
         alike = self.weight.dtype == self.bias.dtype == x.dtype
-        if not (on_cuda() and alike) or C // G % PACK or packs >= 1 << 31:
+        if not (on_cuda() and alike) or C // G % PACK or packs >= 1 << 30:
             x = x if own is None else within(x, own.count)
             return self._put_together(self._seen(x, shape) @ self.weight, B, F)
         sizes: dict[str, Constant] = {"T": x.dtype, "PACK": PACK, "STEP": _STEP}

@@ -29,6 +29,7 @@ from rvc_mlx import image_conv as warp_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.cuda_kernel import CudaKernel
 from rvc_mlx.elementwise import EACH_PACK, PACK, pack_grid
+from rvc_mlx.image_conv import PackedImageWeight
 from rvc_mlx.models.rmvpe import (
     RMVPE,
     ConvBlockRes,
@@ -37,8 +38,6 @@ from rvc_mlx.models.rmvpe import (
     ResEncoderBlock,
 )
 from rvc_mlx.steady import Rows, own_rows, within
-
-PackedImageWeight = plane_kernel.PackedImageWeight | warp_kernel.PackedImageWeight
 
 _SEEN = 16  # channels of which nine are the places around one
 _LARGEST_STEP = 256  # rows between lengths: a long recording's chunks waste 1 %
@@ -160,7 +159,7 @@ def image_conv(
     x: mx.array, weight: PackedImageWeight, bias: mx.array, **options: Any
 ) -> mx.array:
     """``relu(conv2d(x) + bias) + shortcut`` by the kernel that the weight is packed for."""
-    if isinstance(weight, plane_kernel.PackedImageWeight):
+    if isinstance(weight, plane_kernel.PackedPlaneWeight):
         return plane_kernel.image_conv(x, weight, bias, **options)
     return warp_kernel.image_conv(x, weight, bias, **options)
 

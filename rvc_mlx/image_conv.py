@@ -28,10 +28,10 @@ from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid
 from rvc_mlx.steady import OwnRows, told_kernel
 
 _CHUNK = 64  # input channels held in shared memory at a time
-_PROCESSORS = 132  # that should have two blocks each
+PROCESSORS = 132  # that should have two blocks each
 _SMALL_TILE = Tile(2, 2, 2, 2, stages=6)  # 64 places, 32 channels
 # Bytes; of more, other blocks of a multiprocessor hide barriers.
-_WHOLE_WEIGHTS = 24 * 1024
+WHOLE_WEIGHTS = 24 * 1024
 
 _SOURCE = r"""
 using namespace fused_conv;
@@ -218,10 +218,25 @@ class PackedImageWeight:
     outputs: int
     side: int
 
+    @property
+    def inputs(self) -> int:
+        """``C_in``."""
+        return self.array.shape[-1]
 
-def fits(inputs: int, outputs: int, side: int) -> bool:
-    """Whether the kernel is made for such a convolution."""
-    return inputs % 16 == 0 and outputs % 8 == 0 and side in (1, 2, 3)
+
+def sizes_of(weight: mx.array) -> tuple[int, int, int]:
+    """``C_out``, taps along each side and ``C_in`` of ``[C_out, side, side, C_in]``.
+
+    Raises:
+        ValueError: no kernel is made for such a convolution.
+    """
+    outputs, side, other, inputs = weight.shape
+    if side != other or side not in (1, 2, 3) or inputs % 16 or outputs % 8:
+        raise ValueError(
+            f"weight is {list(weight.shape)}; the kernel wants [C_out, side, side, C_in], "
+            "side 1, 2 or 3, C_in a multiple of 16 and C_out of 8"
+        )
+    return outputs, side, inputs
 
 
 def pack_image_weight(weight: mx.array, dtype: mx.Dtype) -> PackedImageWeight:
@@ -234,12 +249,7 @@ def pack_image_weight(weight: mx.array, dtype: mx.Dtype) -> PackedImageWeight:
     Raises:
         ValueError: the kernel is not made for such a convolution.
     """
-    outputs, side, other, inputs = weight.shape
-    if side != other or not fits(inputs, outputs, side):
-        raise ValueError(
-            f"weight is {list(weight.shape)}; the kernel wants [C_out, side, side, C_in], "
-            "side 1, 2 or 3, C_in a multiple of 16 and C_out of 8"
-        )
+    outputs, side, _ = sizes_of(weight)
     products = mx.float16 if dtype == mx.float32 else dtype
     padded = 16 if outputs <= 16 else 32 if outputs <= 32 else -(-outputs // 64) * 64
     w = mx.pad(weight, [(0, padded - outputs), (0, 0), (0, 0), (0, 0)])
@@ -278,7 +288,9 @@ def image_conv(
     """
     dtype, outputs, side = x.dtype, weight.outputs, weight.side
     shape = (*x.shape[:-1], outputs)
-    _check(x, weight, bias, shortcut, shape)
+    check_arrays(x, weight, bias, shortcut)
+    if x.shape[2] not in (4, 8) and x.shape[2] % 16:
+        raise ValueError(f"x is {x.shape[2]} wide; want 4, 8 or a multiple of 16")
     B, T, M, _ = shape
     array = weight.array
     _, padded, inputs = sizes = array.shape
@@ -307,7 +319,7 @@ def choose_tile(places: int, padded: int) -> Tile:
     columns = min(padded, 64)
     for large in _large_tiles(columns):
         blocks = -(-places // large.positions) * (padded // columns)
-        if blocks >= 2 * _PROCESSORS:
+        if blocks >= 2 * PROCESSORS:
             return large
     return large if columns < 32 else _SMALL_TILE
 
@@ -324,21 +336,22 @@ def _group(padded: int, dtype: mx.Dtype) -> int:
     return min(8 // dtype.size, 2, padded // 8)
 
 
-def _chunk(inputs: int) -> int:
+def chunk_of(inputs: int) -> int:
+    """Input channels that are held in shared memory at a time."""
     return max(n for n in (16, 32, _CHUNK) if inputs % n == 0)
 
 
 def _whole(tile: Tile, side: int, inputs: int) -> bool:
     """Whether all weights of a block's outputs lie in shared memory: no barrier a tap."""
-    chunk = _chunk(inputs)
+    chunk = chunk_of(inputs)
     weights = side * side * tile.columns * (2 * chunk + 16)
-    return inputs == chunk and weights <= _WHOLE_WEIGHTS
+    return inputs == chunk and weights <= WHOLE_WEIGHTS
 
 
 @cache
 def _memory(tile: Tile, across: int, side: int, inputs: int) -> int:
     """Bytes of shared memory that a block asks for."""
-    halo, stride = side - 1, 2 * _chunk(inputs) + 16
+    halo, stride = side - 1, 2 * chunk_of(inputs) + 16
     row = (across + halo) * stride + _skew(across)
     rows = tile.positions // across + halo
     taps = side * side if _whole(tile, side, inputs) else tile.stages
@@ -377,7 +390,7 @@ def _constants(
         "WARPS_N": tile.warps_n,
         "MT": tile.mt,
         "NT": tile.nt,
-        "CHUNK": _chunk(inputs),
+        "CHUNK": chunk_of(inputs),
         "STAGES": tile.stages,
         "BATCH": tile.batch,
         "GROUP": _group(padded, dtype),
@@ -389,24 +402,22 @@ def _constants(
     return MappingProxyType(constants)
 
 
-def _check(
+def check_arrays(
     x: mx.array,
     weight: PackedImageWeight,
     bias: mx.array,
     shortcut: mx.array | None,
-    shape: tuple[int, ...],
 ) -> None:
-    """Refuse arrays that the kernel would read wrongly."""
+    """Refuse arrays that a kernel would read wrongly."""
     given, dtype, array = x.shape, x.dtype, weight.array
     products = mx.float16 if dtype == mx.float32 else dtype
     if len(given) != 4 or 0 in given or dtype not in DTYPES:
         raise ValueError(f"x is {dtype} {given}; want [B, T, M, C] of {DTYPES}")
-    if given[2] not in (4, 8) and given[2] % 16:
-        raise ValueError(f"x is {given[2]} wide; want 4, 8 or a multiple of 16")
-    if array.dtype != products or array.shape[2] != given[3]:
+    if array.dtype != products or weight.inputs != given[3]:
         raise ValueError(f"weight is {array.dtype} {array.shape} for x {dtype} {given}")
     if bias.shape != (weight.outputs,) or bias.dtype != mx.float32:
         raise ValueError(f"bias is {bias.dtype} {bias.shape}; want [{weight.outputs}]")
+    shape = (*given[:3], weight.outputs)
     if shortcut is not None and (shortcut.shape != shape or shortcut.dtype != dtype):
         raise ValueError(
             f"cannot add {shortcut.dtype} {shortcut.shape} to {dtype} {shape}"

@@ -54,14 +54,17 @@ class Nets:
     high_pass: HighPass = high_pass_spools
 
 
-def prepare(nets: Nets, jobs: Sequence[Job]) -> None:
+def prepare_all(nets: Nets, jobs: Sequence[Job]) -> None:
     """Filter recordings together and plan their segments; see ``Job.failure``."""
     try:
         gains = [job.gain for job in jobs]
         recordings = nets.high_pass([job.source for job in jobs], gains)
     except (ValueError, OSError) as error:
-        for job in jobs:
-            job.failure = error
+        if len(jobs) == 1:
+            jobs[0].failure = error
+            return
+        for job in jobs:  # only one of them, as a rule
+            prepare_all(nets, [job])
         return
     for job, filtered in zip(jobs, recordings, strict=True):
         job.plan(filtered)

@@ -37,8 +37,9 @@ from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
 from rvc_mlx.retrieval import Blend, Index, blending, read_index
 from rvc_mlx.schedule import convert_all
-from rvc_mlx.spool import MEMORY, Spool
+from rvc_mlx.spool import Spool
 
+_WAITING = 8 << 20  # bytes at most of a result that waits to be finished beside others
 _SHORTEST_WARM_UP = 0.1  # seconds
 # Between lengths of a warm-up: share of a recording, and seconds at least and at most. Lengths
 # that networks meet are a sixteenth apart or more and eight frames at least, a vocoder's
@@ -232,18 +233,17 @@ class VoiceConverter:
                     numbers[stack.enter_context(job)] = i
                     yield job
 
-            def finishing() -> Iterator[Callable[[], Conversion]]:
+            def finishing() -> Iterator[tuple[int, Callable[[], Conversion]]]:
                 for job, raw in convert_all(self._nets(), jobs(), Report()):
                     if isinstance(job.failure, ValueError):
                         raise _numbered(numbers[job], job.failure)
-                    yield _finishing(job, raw)
+                    yield numbers[job], _finishing(job, raw)
 
             # Beside the networks' way through the next ones.
-            found = in_parallel(lambda finish: finish(), finishing())
-            result = dict(zip(order, found, strict=False))
+            found = dict(in_parallel(lambda pair: (pair[0], pair[1]()), finishing()))
             if refused:
                 raise refused[0]
-        return [result[i] for i in range(count)]
+        return [found[i] for i in range(count)]
 
     def _job(
         self,
@@ -388,14 +388,15 @@ def _finishing(job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Conversion]:
     """What finishes a job whose blocks are there; or has finished it.
 
     A long one needs its blocks one by one, and loudness is compared with what the networks
-    heard, which a device holds for this thread.
+    heard: a thread that asks a device for that is given a stream, for good.
     """
 
     def finished(blocks: Iterator[np.ndarray]) -> Conversion:
         with job:
             return Conversion(job.whole(blocks, Report()), job.output_rate)
 
-    short = job.target * np.float32().nbytes <= MEMORY
+    samples = len(job.source) * job.voice.config.sample_rate // SAMPLE_RATE
+    short = samples * np.float32().nbytes <= _WAITING
     if short and job.options.volume_envelope == 1:
         return partial(finished, iter(list(raw)))
     conversion = finished(raw)

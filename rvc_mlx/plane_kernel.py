@@ -13,6 +13,8 @@ rows each, and a tap is another first place::
 Input channels come CHUNK at a time, the next ones while those before are multiplied.
 Weights lie in memory as they will in shared memory: a stage of the ring is one copy, of one
 tap, or of all where channels are few.
+
+Half of this long file is the CUDA source, which is one piece with the sizes around it.
 """
 
 from __future__ import annotations
@@ -26,15 +28,20 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from rvc_mlx import conv_kernel, warpgroup
-from rvc_mlx.conv_kernel import DTYPES, in_order
+from rvc_mlx.conv_kernel import in_order
 from rvc_mlx.cuda_kernel import Constant, CudaKernel, Grid, is_hopper
+from rvc_mlx.image_conv import (
+    PROCESSORS,
+    WHOLE_WEIGHTS,
+    PackedImageWeight,
+    check_arrays,
+    chunk_of,
+    sizes_of,
+)
 from rvc_mlx.steady import OwnRows, told_kernel
 
 _BARRIERS = 128  # bytes in front of everything
-_CHUNK = 64  # input channels in shared memory at a time
-_WHOLE_WEIGHTS = 24 * 1024  # bytes: up to that, all taps are one stage
 _THREADS = 128
-_PROCESSORS = 132
 _MOST_IMAGES = 65535  # of a launch
 _PIECE = 8  # numbers of 16 bits in 16 bytes
 
@@ -241,18 +248,12 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PackedImageWeight:
-    """Weights in the order of the kernel.
+class PackedPlaneWeight(PackedImageWeight):
+    """Weights in the order of this kernel.
 
     Attributes:
         array: ``[blocks of columns, chunks, taps, CHUNK / 8, columns, 8]``.
-        outputs: ``C_out``.
-        side: taps along each side: 3 around a place, 2 from it on, or 1.
     """
-
-    array: mx.array
-    outputs: int
-    side: int
 
     @property
     def inputs(self) -> int:
@@ -271,12 +272,7 @@ def supports() -> bool:
     return is_hopper()
 
 
-def fits(inputs: int, outputs: int, side: int) -> bool:
-    """Whether the kernel is made for such a convolution."""
-    return inputs % 16 == 0 and outputs % 8 == 0 and side in (1, 2, 3)
-
-
-def pack_image_weight(weight: mx.array, dtype: mx.Dtype) -> PackedImageWeight:
+def pack_image_weight(weight: mx.array, dtype: mx.Dtype) -> PackedPlaneWeight:
     """Weights ``[C_out, side, side, C_in]`` of a convolution in the order of the kernel.
 
     Args:
@@ -286,26 +282,21 @@ def pack_image_weight(weight: mx.array, dtype: mx.Dtype) -> PackedImageWeight:
     Raises:
         ValueError: the kernel is not made for such a convolution.
     """
-    outputs, side, other, inputs = weight.shape
-    if side != other or not fits(inputs, outputs, side):
-        raise ValueError(
-            f"weight is {list(weight.shape)}; the kernel wants [C_out, side, side, C_in], "
-            "side 1, 2 or 3, C_in a multiple of 16 and C_out of 8"
-        )
+    outputs, side, inputs = sizes_of(weight)
     products = mx.float16 if dtype == mx.float32 else dtype
     columns = 16 if outputs <= 16 else 32 if outputs <= 32 else 64
-    padded, chunk = -(-outputs // columns) * columns, _chunk(inputs)
+    padded, chunk = -(-outputs // columns) * columns, chunk_of(inputs)
     w = mx.pad(weight, [(0, padded - outputs), (0, 0), (0, 0), (0, 0)])
     w = in_order(w.flatten(1, 2), _group(columns, dtype)).astype(products)
     w = w.reshape(side * side, padded // columns, columns, inputs // chunk, -1, _PIECE)
-    return PackedImageWeight(
+    return PackedPlaneWeight(
         mx.contiguous(w.transpose(1, 3, 0, 4, 2, 5)), outputs, side
     )
 
 
 def image_conv(
     x: mx.array,
-    weight: PackedImageWeight,
+    weight: PackedPlaneWeight,
     bias: mx.array,
     *,
     shortcut: mx.array | None = None,
@@ -332,8 +323,10 @@ def image_conv(
     Raises:
         ValueError: Shapes or dtypes do not fit.
     """
-    _check(x, weight, bias, shortcut)
+    check_arrays(x, weight, bias, shortcut)
     B, T, M, inputs = x.shape
+    if B > _MOST_IMAGES:
+        raise ValueError(f"x is {B} images; want {_MOST_IMAGES} at most")
     shape, dtype, side = (B, T, M, weight.outputs), x.dtype, weight.side
     padded = weight.array.shape[0] * weight.columns
     tile = choose_tile(B, T, M, weight.columns, padded // weight.columns)
@@ -363,7 +356,7 @@ def choose_tile(images: int, height: int, width: int, columns: int, times: int) 
     shapes = ((2, 2), (2, 1), (1, 1)) if width > 8 else ((2, 1), (1, 1))
     for tall, wide in shapes:
         down, across = -(-height // (8 * tall)), -(-width // (8 * wide))
-        if images * down * across * times >= 2 * _PROCESSORS:
+        if images * down * across * times >= 2 * PROCESSORS:
             break
     return Tile(tall, wide, columns, batch=16 if tall == 1 else 8)
 
@@ -373,19 +366,15 @@ def _group(columns: int, dtype: mx.Dtype) -> int:
     return min(8 // dtype.size, columns // 8)
 
 
-def _chunk(inputs: int) -> int:
-    return max(n for n in (16, 32, _CHUNK) if inputs % n == 0)
-
-
 def _together(tile: Tile, side: int, inputs: int) -> int:
     """Taps of a stage."""
-    chunk = _chunk(inputs)
-    whole = side * side * chunk * tile.columns * 2 <= _WHOLE_WEIGHTS
+    chunk = chunk_of(inputs)
+    whole = side * side * chunk * tile.columns * 2 <= WHOLE_WEIGHTS
     return side * side if whole and chunk == inputs else 1
 
 
 def _stages(tile: Tile, side: int, inputs: int) -> int:
-    one = _chunk(inputs) == inputs and _together(tile, side, inputs) == side * side
+    one = chunk_of(inputs) == inputs and _together(tile, side, inputs) == side * side
     return 1 if one else tile.stages
 
 
@@ -398,7 +387,7 @@ def _space(tile: Tile, side: int) -> int:
 @cache
 def _memory(tile: Tile, side: int, inputs: int) -> int:
     """Bytes of shared memory that a block asks for."""
-    chunk = _chunk(inputs)
+    chunk = chunk_of(inputs)
     stage = _together(tile, side, inputs) * chunk * tile.columns * 2
     buffers = 1 if chunk == inputs else 2
     ring = _stages(tile, side, inputs) * stage
@@ -444,7 +433,7 @@ def _constants(
             "WIDE": tile.wide,
             "COLUMNS": tile.columns,
             "SIDE": side,
-            "CHUNK": _chunk(inputs),
+            "CHUNK": chunk_of(inputs),
             "TOGETHER": _together(tile, side, inputs),
             "STAGES": _stages(tile, side, inputs),
             "SPACE": _space(tile, side),
@@ -455,27 +444,3 @@ def _constants(
             "BARRIERS": _BARRIERS,
         }
     )
-
-
-def _check(
-    x: mx.array,
-    weight: PackedImageWeight,
-    bias: mx.array,
-    shortcut: mx.array | None,
-) -> None:
-    """Refuse arrays that the kernel would read wrongly."""
-    given, dtype, array = x.shape, x.dtype, weight.array
-    products = mx.float16 if dtype == mx.float32 else dtype
-    if len(given) != 4 or 0 in given or dtype not in DTYPES or given[0] > _MOST_IMAGES:
-        raise ValueError(
-            f"x is {dtype} {given}; want [B, T, M, C] of {DTYPES}, B {_MOST_IMAGES} at most"
-        )
-    if array.dtype != products or weight.inputs != given[3]:
-        raise ValueError(f"weight is {array.dtype} {array.shape} for x {dtype} {given}")
-    if bias.shape != (weight.outputs,) or bias.dtype != mx.float32:
-        raise ValueError(f"bias is {bias.dtype} {bias.shape}; want [{weight.outputs}]")
-    shape = (*given[:3], weight.outputs)
-    if shortcut is not None and (shortcut.shape != shape or shortcut.dtype != dtype):
-        raise ValueError(
-            f"cannot add {shortcut.dtype} {shortcut.shape} to {dtype} {shape}"
-        )

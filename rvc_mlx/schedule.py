@@ -3,13 +3,15 @@
 Recordings come in waves, as many as the engine computes together, one on a CPU. A GPU is
 one wave ahead of the host: before the F0 of one is waited for, but for the first, the first
 networks of the next are under way, and before its result, the prior and the vocoder of the
-next. So the recordings of three waves are held, and of a fourth one::
+next. So the recordings of three waves are held, and of a fourth one; what a caller finishes
+beside the next ones is his to bound::
 
     host    prepare mel |F0 1| prepare mel  prepare mel |F0 2|      finish 1  prepare ...
     device       encode salience 1 prior vocoder 1 encode salience 2, 3 prior vocoder 2
 
-Where the device makes the mel, too, it goes first. On CUDA the encoder is computed beside
-the pitch net (salience), so the two begin together.
+To prepare is to filter a wave's recordings, together on CUDA. Where the device makes the
+mel, too, it goes first, equal recordings together. On CUDA the encoder is computed beside the
+pitch net (salience), so the two begin together.
 
 Equal pieces of a wave share a call of a network; its result is what each alone gives, to
 rounding, and exactly that where one goes at a time.
@@ -33,7 +35,7 @@ from rvc_mlx.arrays import (
     reflected_together,
 )
 from rvc_mlx.decoding import Piece, Plan, Windows, sample_latents, start_windows
-from rvc_mlx.job import Job, Nets, prepare
+from rvc_mlx.job import Job, Nets, prepare_all
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.report import Report
 from rvc_mlx.segments import FRAME, Segment
@@ -99,7 +101,7 @@ def _waves(nets: Nets, jobs: Iterable[Job], report: Report) -> Iterator[Wave]:
     waves = neighbours(jobs, lambda _: None, lambda job: job.length / FRAME, most)
     for wave in waves:
         with report.stage("prepare"):
-            prepare(nets, wave)
+            prepare_all(nets, wave)
         readings: list[Reading] = [
             partial(list, [(job, job.failure)]) for job in wave if job.failure
         ]
@@ -232,7 +234,7 @@ def _begin_f0(
 
     most = settings.batch_frames if net.on_device else 0
     alike = neighbours(asked, lambda job: job.padded_length, frames, most)
-    signals = [_signal(jobs, net.on_device) for jobs in alike]
+    signals = [_signal(few, net.on_device) for few in alike]
     found = pitch.begin_all(net.salience.start, signals, settings)
 
     def finish() -> None:

@@ -69,7 +69,7 @@ def windows(
     if not limited and (stride, before, slope) == (taps, 0, 1) and frames * taps <= L:
         return x[:, : frames * taps].reshape(B, frames, taps * C)
     packs = B * frames * taps * C // PACK
-    if C % PACK or not 0 < packs < 1 << 31 or not on_cuda():
+    if C % PACK or not 0 < packs < 1 << 30 or not on_cuda():
         x = x if own is None else within(x, own.count)
         return _plain(x, taps, stride, before, frames, slope)
     (y,) = _KERNEL(

@@ -176,8 +176,30 @@ def test_another_thread_than_the_one_that_filtered_reads(rng, by_scipy):
 
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(filtered).result()
-    for x, spool in zip(recordings, found, strict=True):
-        assert spool.read(0, len(x)).shape == x.shape
+    for x, gain, spool in zip(recordings, [1.0, 0.5], found, strict=True):
+        expected = high_pass(x * gain)
+        np.testing.assert_allclose(spool.read(0, len(x)), expected, atol=1e-7)
+
+
+def test_a_recording_is_closed_without_the_device(rng, monkeypatch):
+    spool = DeviceSpool(mx.array(recording(rng, 50)))
+    monkeypatch.setattr(module, "mx", None)
+    spool.close()
+    assert len(spool._samples) == 0
+
+
+def test_only_so_much_is_filtered_together(rng, monkeypatch):
+    made = []
+
+    def launch(inputs, outputs, grid, *, constants):
+        made.append(grid.rows)
+        return plain(inputs, outputs, grid, constants=constants)
+
+    monkeypatch.setattr(module, "_kernel", lambda: launch)
+    recordings = [recording(rng, 900) for _ in range(5)]
+    filtered = partial(device_high_pass, block=2000)
+    assert worst(recordings, filtered, 5 * [1.0]) < 1e-7
+    assert made == [2, 2, 2, 2, 1, 1]  # forwards and backwards
 
 
 def test_a_long_result_is_kept_as_the_source_is(rng, by_scipy):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from rvc_mlx import fused_unet, image_conv
+from rvc_mlx import fused_unet, image_conv, plane_kernel
 from rvc_mlx.models.layers import fold_batch_norm
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
 from rvc_mlx.steady import within
@@ -68,8 +68,8 @@ def unpacked(weight):
 
 def plain_image_conv(x, weight, bias, *, shortcut=None, rectify=True, own=None):
     """``image_conv`` in plain operations."""
-    shape = (*x.shape[:-1], weight.outputs)
-    image_conv._check(x, weight, bias, shortcut, shape)
+    image_conv.check_arrays(x, weight, bias, shortcut)
+    assert x.shape[2] in (4, 8) or x.shape[2] % 16 == 0
     if own is not None:
         x = within(x, own.count * x.shape[1] // own.of)
     around = ((weight.side - 1) // 2, weight.side // 2)
@@ -166,3 +166,15 @@ def test_the_pooling_kernel_is_a_mean(dtype):
     expected = nn.AvgPool2d(2, stride=2)(x.astype(mx.float32))
     tolerance = 1e-6 if dtype == mx.float32 else 1e-2
     assert mx.allclose(found.astype(mx.float32), expected, tolerance, tolerance)
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+def test_a_weight_is_packed_for_the_kernel_that_takes_it(monkeypatch, hopper):
+    calls = []
+    for kernel in (plane_kernel, image_conv):
+        name = kernel.__name__
+        monkeypatch.setattr(kernel, "image_conv", lambda *_, n=name: calls.append(n))
+    monkeypatch.setattr(plane_kernel, "supports", lambda: hopper)
+    weight = fused_unet.pack_image_weight(mx.zeros((16, 3, 3, 16)), mx.float16)
+    fused_unet.image_conv(mx.zeros((1, 4, 4, 16)), weight, mx.zeros((16,)))
+    assert calls == [(plane_kernel if hopper else image_conv).__name__]

@@ -90,7 +90,7 @@ def on_processor(folder, x, weight, bias, shortcut, rectify, own=None):
 )
 @pytest.mark.parametrize("dtype", conv_kernel.DTYPES)
 def test_the_source_convolves(tmp_path, monkeypatch, dtype, shape, processors):
-    monkeypatch.setattr(plane_kernel, "_PROCESSORS", processors)
+    monkeypatch.setattr(plane_kernel, "PROCESSORS", processors)
     given = operands(*shape, dtype)
     with mx.stream(mx.cpu):
         wanted = expected(*given, rectify=shape[-1] == 3)

@@ -70,6 +70,8 @@ def test_attention_is_two_products():
         ("image_conv_df88f7662eb76232", "own convolution"),
         ("waveform_da2cc087b8857492", "own convolution"),
         ("harmonic_source_49c79335b36a66df", "element-wise"),
+        ("high_pass_576bc4ea9676f95c", "element-wise"),
+        ("strongest_bins_9b15abe109689d14", "reduction"),
         ("windows_da2cc087b8857492", "copy"),
         ("gelu_49c79335b36a66df", "element-wise"),
         ("mlx::core::cu::copy_gg_dynamic", "copy"),

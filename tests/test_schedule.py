@@ -1,6 +1,7 @@
 """Recordings that go through the networks together are what each is alone."""
 
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -21,6 +22,7 @@ from rvc_mlx.loudness import SilenceGate
 from rvc_mlx.noise import Noise
 from rvc_mlx.pipeline import VoiceConverter
 from rvc_mlx.retrieval import read_index
+from rvc_mlx.spool import Spool
 from tools import make_test_models as maker
 
 OPTIONS = {"x_pad": 0.25, "index_rate": 0.0}
@@ -369,29 +371,71 @@ def test_a_window_of_a_new_length_is_one_of_few(small_models, speech):
 
 
 @pytest.mark.parametrize(
-    ("longest", "envelope"), [(0, 1.0), (1 << 16, 1.0), (1 << 30, 1.0), (1 << 30, 0.5)]
+    ("waiting", "envelope", "beside"),
+    [(0, 1.0, 0), (50_000, 1.0, 3), (1 << 30, 1.0, 5), (1 << 30, 0.5, 0)],
 )
 def test_one_at_a_time_is_exactly_as_alone(
-    small_converter, clips, monkeypatch, longest, envelope
+    small_converter, clips, monkeypatch, waiting, envelope, beside
 ):
-    options, finished = ConversionOptions(volume_envelope=envelope), []
+    options, threads = ConversionOptions(volume_envelope=envelope), []
     whole = Job.whole
 
     def told(job, *arguments):
-        finished.append((job.target, threading.current_thread()))
+        threads.append(threading.current_thread())
         return whole(job, *arguments)
 
-    monkeypatch.setattr(pipeline, "MEMORY", longest)
+    monkeypatch.setattr(machine, "processors", lambda: 2)
+    monkeypatch.setattr(pipeline, "_WAITING", waiting)
     monkeypatch.setattr(Job, "whole", told)
     found = small_converter.convert_many(clips, 16000, options)
-    # Some are finished on the way, the others beside it.
-    for length, thread in finished:
-        short = 4 * length <= longest and envelope == 1 and machine.processors() > 1
-        assert (thread is not threading.main_thread()) == short
+    assert len(threads) == len(clips)
+    assert sum(t is not threading.main_thread() for t in threads) == beside
     monkeypatch.undo()
     for clip, (audio, _) in zip(clips, found, strict=True):
         alone = small_converter.convert(clip, 16000, options)
         np.testing.assert_array_equal(audio, alone.audio)
+
+
+def test_what_is_raised_beside_the_networks_ends_all(
+    small_converter, clips, monkeypatch
+):
+    closed, whole, close = [], Job.whole, Job.close
+
+    def failing(job, *arguments):
+        if len(job.source) == len(clips[1]):
+            raise OSError("no space left")
+        return whole(job, *arguments)
+
+    def told(job):
+        closed.append(job)
+        close(job)
+
+    monkeypatch.setattr(machine, "processors", lambda: 2)
+    monkeypatch.setattr(Job, "whole", failing)
+    monkeypatch.setattr(Job, "close", told)
+    with pytest.raises(OSError, match="no space left"):
+        small_converter.convert_many(clips, 16000)
+    assert len(set(closed)) == len(clips)
+
+
+def test_a_recording_that_cannot_be_filtered_fails_alone(small_models, clips):
+    nets = batching_converter(small_models, 1 << 30)._nets()
+    options = ConversionOptions(**OPTIONS)
+    jobs = [job.Job(nets, Spool.around(x), len(x), 16000, options) for x in clips[:3]]
+    together = []
+
+    def filtered(sources, gains):
+        together.append(len(sources))
+        if jobs[1].source in sources:
+            raise OSError("no space left")
+        return high_pass_spools(sources, gains)
+
+    job.prepare_all(replace(nets, high_pass=filtered), jobs)
+    assert together == [3, 1, 1, 1]
+    assert [str(j.failure) for j in jobs] == ["None", "no space left", "None"]
+    assert all(j.segments for j in (jobs[0], jobs[2]))
+    for j in jobs:
+        j.close()
 
 
 def test_the_budget_of_the_engine_is_kept(small_models, clips):
@@ -510,7 +554,7 @@ def test_a_bad_file_fails_alone(small_models, files, tmp_path, batch_bytes):
 def test_a_recording_that_cannot_be_read_again_fails_alone(
     small_models, files, monkeypatch, batch_bytes
 ):
-    """Its silence is looked for while others are under way."""
+    """Its silence is looked for while the networks are under way, or when it is finished."""
     lengths = [len(soundfile.read(source)[0]) for source, _ in files]
     assert lengths.count(lengths[1]) == 1
 
