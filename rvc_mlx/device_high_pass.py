@@ -351,15 +351,15 @@ def _filtered(pieces: Sequence[_Piece]) -> list[mx.array]:
     """Forwards, then backwards: what is wanted of each piece, float32."""
     # The last run ends in a piece's room, and so does what it reads ahead.
     rooms = [-(-piece.length // _RUN) * _RUN + _BATCH for piece in pieces]
-    starts = np.cumsum([0, *rooms]).tolist()
-    x = np.empty(starts[-1], np.float32)
-    for piece, start in zip(pieces, starts, strict=False):
+    *starts, total = np.cumsum([0, *rooms]).tolist()
+    x = np.empty(total, np.float32)
+    for piece, start in zip(pieces, starts, strict=True):
         piece.write(x[start : start + piece.length])
     forwards = _launch(pieces, starts, mx.array(x))
     samples, _ = _launch(pieces, starts, *forwards)
     wanted = [
         samples[start : start + piece.length][piece.wanted]
-        for piece, start in zip(pieces, starts, strict=False)
+        for piece, start in zip(pieces, starts, strict=True)
     ]
     begin(*wanted)  # all of them here: another thread has not this one's stream
     return wanted
@@ -387,7 +387,7 @@ def _launch(
     recording = rest is None
     numbers = [
         piece.numbers(start, recording)
-        for piece, start in zip(pieces, starts, strict=False)
+        for piece, start in zip(pieces, starts, strict=True)
     ]
     longest = max(piece.length for piece in pieces)
     y, y_rest = _kernel()(

@@ -24,6 +24,7 @@ PACKS = (
 Pack out;
 """
 )
+GELU_OF_V = "T(v * (0.5f + 0.5f * erff(v * 0.70710678f)))"
 GELU = CudaKernel(
     "gelu",
     ("x",),
@@ -33,7 +34,9 @@ GELU = CudaKernel(
 #pragma unroll
 for (int k = 0; k < PACK; k++) {
     const float v = float(in.v[k]);
-    out.v[k] = T(v * (0.5f + 0.5f * erff(v * 0.70710678f)));
+    out.v[k] = """
+    + GELU_OF_V
+    + r""";
 }
 ((Pack*)y)[i] = out;
 """,

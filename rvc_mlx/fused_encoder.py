@@ -27,7 +27,14 @@ import numpy as np
 from rvc_mlx import attention_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
 from rvc_mlx.cuda_kernel import Constant, CudaKernel
-from rvc_mlx.elementwise import EACH_PACK, PACK, gelu, on_cuda, pack_grid
+from rvc_mlx.elementwise import (
+    EACH_PACK,
+    GELU_OF_V,
+    PACK,
+    gelu,
+    on_cuda,
+    pack_grid,
+)
 from rvc_mlx.fused_norm import added_norm
 from rvc_mlx.models.contentvec import (
     FIRST_STRIDE,
@@ -80,7 +87,9 @@ Pack out;
 #pragma unroll
 for (int k = 0; k < PACK; k++) {
     const float v = float(in.v[k]) + float(offset.v[k]);
-    out.v[k] = T(v * (0.5f + 0.5f * erff(v * 0.70710678f)));
+    out.v[k] = """
+    + GELU_OF_V
+    + r""";
 }
 ((Pack*)y)[i] = out;
 """,
@@ -276,7 +285,7 @@ class WindowedEmbedding(nn.Module):
         G, own = self._groups, own_rows()
         count = -(-F // _STEP)
         shape = (G, B * count, self._blocks * _STEP * C // G)
-        packs = max(math.prod(shape), G * B * count * _STEP * C // G) // PACK
+        packs = math.prod(shape) // PACK  # the result has no more
         alike = self.weight.dtype == self.bias.dtype == x.dtype
         if not (on_cuda() and alike) or C // G % PACK or packs >= 1 << 30:
             x = x if own is None else within(x, own.count)
@@ -285,9 +294,9 @@ class WindowedEmbedding(nn.Module):
         (seen,) = _SEEN(
             [x, told_kernel(own)],
             [(shape, x.dtype)],
-            pack_grid(math.prod(shape) // PACK),
+            pack_grid(packs),
             scalars=[
-                *(math.prod(shape) // PACK, B, F, count, shape[2] // PACK),
+                *(packs, B, F, count, shape[2] // PACK),
                 *(C // PACK, C // G // PACK, self._padding, own is not None),
             ],
             constants=sizes,
