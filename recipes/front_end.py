@@ -34,4 +34,4 @@ class _Layer(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if "layer_norm" not in self:
             return gelu(self.conv(x))
-        return gelu(normed_convolution(x, self.conv, self.layer_norm))
+        return gelu(normed_convolution(x, self.conv, self.layer_norm, slopes=True))

@@ -137,13 +137,16 @@ for (int i = 0; i < COLUMNS; i++) {
 )
 
 
-def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.array:
+def normed_convolution(
+    audio: mx.array, conv: nn.Conv1d, norm: nn.Module, *, slopes: bool = False
+) -> mx.array:
     """``norm(conv(audio))``.
 
     Args:
         audio: ``[B, L, 1]``, L a multiple of the stride.
         conv: from one channel, its kernel two strides long.
         norm: ``TimeNorm``.
+        slopes: whether its slopes are asked for, as in training; the kernels have none.
 
     Returns:
         ``[B, L', C]``.
@@ -159,7 +162,7 @@ def normed_convolution(audio: mx.array, conv: nn.Conv1d, norm: nn.Module) -> mx.
             f"or more, as many taps as two strides have, less than {_COLUMNS}"
         )
     given, own = audio.reshape(B, L), own_rows()
-    if on_cuda() and B <= _MOST_ROWS:
+    if on_cuda() and B <= _MOST_ROWS and not slopes:
         seen, weights = _on_cuda(given, conv, norm, own)
     else:
         seen, weights = _plain(given, conv, norm, own)

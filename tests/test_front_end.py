@@ -6,6 +6,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from recipes.front_end import quicken
+from rvc_mlx import normed_conv
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
 
 CONFIG = ContentVecConfig(
@@ -44,6 +45,36 @@ def test_features_and_gradients_are_the_models():
     for name, slope in tree_flatten(found):
         size = max(mx.abs(expected[name]).max().item(), 1e-4 * largest)
         assert mx.abs(slope - expected[name]).max().item() < 1e-3 * size, name
+
+
+def test_no_kernel_without_a_slope_is_asked(monkeypatch):
+    monkeypatch.setattr(normed_conv, "on_cuda", lambda: True)
+    monkeypatch.setattr(normed_conv, "_on_cuda", None)
+    encoder = ContentVec(CONFIG)
+    quicken(encoder)
+    mx.eval(encoder(mx.zeros((1, 16080))))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gradients_on_a_gpu_are_the_models():
+    mx.random.seed(0)
+    encoder = ContentVec(CONFIG)
+    audio = 0.3 * mx.random.normal((2, 16080)) + 0.05
+    weights = encoder.trainable_parameters()
+
+    def loss(weights):
+        encoder.update(weights)
+        return mx.square(encoder(audio)).sum()
+
+    def slopes():
+        found = tree_flatten(mx.grad(loss)(weights))
+        return mx.concatenate([slope.flatten() for _, slope in sorted(found)])
+
+    expected = slopes()
+    quicken(encoder)
+    distance = mx.linalg.norm(slopes() - expected) / mx.linalg.norm(expected)
+    assert distance.item() < 2e-2  # products in TF32, ten bits of fraction
 
 
 def test_audio_that_does_not_fit_the_stride_is_refused():
