@@ -64,8 +64,8 @@ _DTYPES = {"f32": mx.float32, "bf16": mx.bfloat16, "f16": mx.float16}
 _KEPT_KERNELS, _KEPT_PRIMITIVES = 0, "16"
 _BATCHES = 64  # times that the largest array of a batch would fit into a GPU
 _LARGEST_BATCH = 1 << 29  # bytes of that array; more together gain nothing
-_QUEUES = 4  # times that the arrays beside the weights, used or kept, would fit
-_LONGEST_QUEUE = 32 << 30  # bytes of them; where there are more, MLX frees and waits
+_QUEUES = 3  # times that the arrays beside the weights, used or kept, would fit
+_LONGEST_QUEUE = 48 << 30  # bytes of them; where there are more, MLX frees and waits
 _INDEXES = 8  # times that the largest index searched there would
 _CACHE_LIMIT = 8 << 30  # bytes of compiled models kept, least recently used go first
 

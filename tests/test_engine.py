@@ -91,7 +91,7 @@ def limits(monkeypatch):
 def test_a_gpus_queue_is_bounded_while_a_step_is_queued(limits):
     run = MLXEngine(mx.Device(mx.cpu), "f32").bind(seam(Counted()))
     np.testing.assert_allclose(run(*INPUTS), EXPECTED, rtol=1e-5, atol=1e-5)
-    assert limits == [1 << 40, 1000 + (4 << 30), 1 << 40]
+    assert limits == [1 << 40, 1000 + (16 << 30) // 3, 1 << 40]
 
 
 def test_a_cpu_has_no_limit(limits, monkeypatch):
