@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from rvc_mlx.audio_io import AudioReader, AudioWriter, load_spool
 from rvc_mlx.job import Job, Nets
+from rvc_mlx.machine import in_parallel
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.output_format import check_output
 from rvc_mlx.report import Report
@@ -65,29 +68,61 @@ class FileRun:
         jobs = self._jobs(files)
         try:
             while self._open or not self._all_taken:
-                error: Exception = RuntimeError("the conversion ended early")
-                try:
-                    for job, raw in convert_all(self._nets, jobs, self._report):
-                        file = self._open[job]
-                        result = self._written(file, partial(job.blocks, raw))
-                        if isinstance(result, Exception):
-                            error = result
-                            # The networks may still be on their way through it.
-                            with suppress(*_OF_A_FILE):
-                                deque(raw, maxlen=0)
-                        del self._open[job]
-                        job.close()
-                        yield from self._failures()
-                        yield file.number, result
-                except _OF_A_FILE as raised:
-                    error = raised
+                # Beside the networks' way through the next ones.
+                finishing = self._finishing(jobs, aside=len(files) > 1)
+                for number, result in in_parallel(lambda finish: finish(), finishing):
+                    yield from self._failures()
+                    if self._progress and isinstance(result, Report):
+                        self._progress(number, result.seconds, result.seconds)
+                    yield number, result
                 # What was raised between files has ended all that are open.
                 for file in self._open.values():
-                    self._failed.append((file.number, error))
+                    self._failed.append((file.number, self._error))
                 self._close()
                 yield from self._failures()
         finally:
             self._close()
+
+    def _finishing(
+        self, jobs: Iterator[Job], *, aside: bool
+    ) -> Iterator[Callable[[], Result]]:
+        """What writes each file, or has written it."""
+        self._error: Exception = RuntimeError("the conversion ended early")
+        try:
+            for job, raw in convert_all(self._nets, jobs, self._report):
+                if aside and job.ends_aside:
+                    yield self._writing(job, raw)
+                    continue
+                file = self._open[job]
+                result = self._written(file, raw, self._report, self._progress)
+                if isinstance(result, Exception):
+                    self._error = result
+                    # The networks may still be on their way through it.
+                    with suppress(*_OF_A_FILE):
+                        deque(raw, maxlen=0)
+                del self._open[job]
+                job.close()
+                yield partial(_same, (file.number, result))
+        except _OF_A_FILE as error:
+            self._error = error
+
+    def _writing(self, job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Result]:
+        """What writes a file whose blocks are there."""
+        file, blocks, error = self._open[job], [], None
+        try:
+            blocks = list(raw)
+        except _OF_A_FILE as raised:
+            self._error = error = raised
+        del self._open[job]
+        report, self._report.stages = Report(stages=self._report.stages), {}
+
+        def written() -> Result:
+            with job:
+                if error:
+                    return file.number, error
+                return file.number, self._written(file, iter(blocks), report, None)
+
+        return written
 
     def _failures(self) -> Iterator[Result]:
         while self._failed:
@@ -123,17 +158,25 @@ class FileRun:
         return job, frames / rate
 
     def _written(
-        self, file: _File, blocks: Callable[..., Iterator]
+        self,
+        file: _File,
+        raw: Iterator[np.ndarray],
+        report: Report,
+        progress: FileProgress | None,
     ) -> Report | Exception:
         """Write a file; its report, or what befell it."""
-        told = self._progress and partial(self._progress, file.number)
+        told = progress and partial(progress, file.number)
         try:
             with AudioWriter(file.target, self._rate, self._subtype) as writer:
-                for block in blocks(self._report, told):
-                    with self._report.stage("write"):
+                for block in file.job.blocks(raw, report, told):
+                    with report.stage("write"):
                         writer.write(block)
         except _OF_A_FILE as error:
             return error
-        stages, self._report.stages = self._report.stages, {}
+        stages, report.stages = report.stages, {}
         joins = file.job.joins
         return Report(file.seconds, writer.frames, self._rate, stages, joins=joins)
+
+
+def _same(result: Result) -> Result:
+    return result

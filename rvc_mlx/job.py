@@ -31,6 +31,7 @@ from rvc_mlx.retrieval import Blend
 from rvc_mlx.segments import FRAME, Segment, pad_frames, plan_segments
 from rvc_mlx.spool import BLOCK, Spool
 
+_WAITING = 8 << 20  # bytes at most of a result that waits to be finished beside others
 MIN_SAMPLES = 160  # shortest recording at 16 kHz: 10 ms
 
 Progress = Callable[[float, float], None]
@@ -144,6 +145,17 @@ class Job:
                 )
         except (ValueError, OSError) as error:
             self.failure = error
+
+    @property
+    def ends_aside(self) -> bool:
+        """Whether another thread may finish it, once all its blocks are there.
+
+        A long one needs its blocks one by one, and loudness is compared with what the
+        networks heard: a thread that asks a device for that is given a stream, for good.
+        """
+        samples = len(self.source) * self.voice.config.sample_rate // SAMPLE_RATE
+        short = samples * np.float32().nbytes <= _WAITING
+        return short and self.options.volume_envelope == 1
 
     @cached_property
     def _gate(self) -> SilenceGate:

@@ -141,7 +141,7 @@ def in_parallel(
         waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) == 2 * threads:
+            while waiting and (waiting[0].done() or len(waiting) == 2 * threads):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

@@ -39,7 +39,6 @@ from rvc_mlx.retrieval import Blend, Index, blending, read_index
 from rvc_mlx.schedule import convert_all
 from rvc_mlx.spool import Spool
 
-_WAITING = 8 << 20  # bytes at most of a result that waits to be finished beside others
 _SHORTEST_WARM_UP = 0.1  # seconds
 # Between lengths of a warm-up: share of a recording, and seconds at least and at most. Lengths
 # that networks meet are a sixteenth apart or more and eight frames at least, a vocoder's
@@ -385,19 +384,13 @@ def load_on(
 
 
 def _finishing(job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Conversion]:
-    """What finishes a job whose blocks are there; or has finished it.
-
-    A long one needs its blocks one by one, and loudness is compared with what the networks
-    heard: a thread that asks a device for that is given a stream, for good.
-    """
+    """What finishes a job whose blocks are there; or has finished it."""
 
     def finished(blocks: Iterator[np.ndarray]) -> Conversion:
         with job:
             return Conversion(job.whole(blocks, Report()), job.output_rate)
 
-    samples = len(job.source) * job.voice.config.sample_rate // SAMPLE_RATE
-    short = samples * np.float32().nbytes <= _WAITING
-    if short and job.options.volume_envelope == 1:
+    if job.ends_aside:
         return partial(finished, iter(list(raw)))
     conversion = finished(raw)
     return lambda: conversion

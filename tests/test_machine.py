@@ -112,10 +112,33 @@ def test_work_is_taken_on_the_callers_thread_when_its_turn_comes(monkeypatch):
             taken.append(threading.current_thread())
             yield n
 
-    results = machine.in_parallel(lambda n: n**2, items())
+    go = threading.Event()
+
+    def work(n):
+        go.wait(0.1)
+        return n**2
+
+    results = machine.in_parallel(work, items())
     assert next(results) == 0
     assert taken == [threading.main_thread()] * 4  # two items a thread
+    go.set()
     assert list(results) == [n**2 for n in range(1, 20)]
+
+
+def test_what_is_done_is_given_before_more_is_taken(monkeypatch):
+    monkeypatch.setattr(machine, "processors", lambda: 4)
+    taken = []
+
+    def items():
+        for n in range(6):
+            taken.append(n)
+            yield n
+            time.sleep(0.2)  # meanwhile it is done
+
+    results = machine.in_parallel(lambda n: n, items())
+    for n, result in enumerate(results):
+        assert result == n
+        assert len(taken) <= n + 2
 
 
 def test_work_in_parallel_raises_what_the_work_raises():

@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from tiny_models import narrow_refinegan
 
-from rvc_mlx import ConversionOptions, file_run, job, machine, pipeline
+from rvc_mlx import ConversionOptions, file_run, job, machine
 from rvc_mlx.audio import high_pass_spools
 from rvc_mlx.audio_io import AudioWriter
 from rvc_mlx.device_high_pass import DeviceSpool
@@ -385,7 +385,7 @@ def test_one_at_a_time_is_exactly_as_alone(
         return whole(job, *arguments)
 
     monkeypatch.setattr(machine, "processors", lambda: 2)
-    monkeypatch.setattr(pipeline, "_WAITING", waiting)
+    monkeypatch.setattr(job, "_WAITING", waiting)
     monkeypatch.setattr(Job, "whole", told)
     found = small_converter.convert_many(clips, 16000, options)
     assert len(threads) == len(clips)
@@ -507,6 +507,33 @@ def test_files_together_are_as_alone(small_models, files, batch_bytes):
         alone = converter.convert(audio, rate, options).audio
         assert found.shape == alone.shape
         assert np.abs(found - alone).max() <= (1e-5 if batch_bytes else 0)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_files_are_written_beside_the_networks(
+    small_converter, files, monkeypatch, alone
+):
+    threads, told = [], []
+
+    class Writer(AudioWriter):
+        def write(self, block):
+            threads.append(threading.current_thread())
+            super().write(block)
+
+    monkeypatch.setattr(machine, "processors", lambda: 2)
+    monkeypatch.setattr(file_run, "AudioWriter", Writer)
+    asked = files[:1] if alone else files
+
+    def progress(*given):
+        told.append((*given, threading.current_thread()))
+
+    results = dict(small_converter.convert_files(asked, progress=progress))
+    assert all(result.stages["write"] > 0 for result in results.values())
+    assert (threading.main_thread() in threads) == alone
+    assert {number for number, *_ in told} == set(results)
+    for number, done, total, thread in told:
+        assert 0 < done <= total == pytest.approx(results[number].seconds, abs=0.01)
+        assert thread is threading.main_thread()
 
 
 def test_joins_are_each_recording_s_own(small_models, files, speech):
