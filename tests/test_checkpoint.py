@@ -10,6 +10,7 @@ import sys
 import types
 import zipfile
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import torch
@@ -497,6 +498,15 @@ def test_files_of_other_writers_are_read(tmp_path):
         np.testing.assert_array_equal(
             read_checkpoint(tmp_path / path).tensors["a"], [0, 1, 2]
         )
+
+
+@pytest.mark.parametrize("metadata", [None, {"author": "me"}])
+def test_safetensors_that_mlx_writes(tmp_path, metadata):
+    path = tmp_path / "voice.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.arange(3)}, metadata)
+    found = read_checkpoint(path)
+    np.testing.assert_array_equal(found.tensors["a"], [0, 1, 2])
+    assert found.metadata == (metadata or {})
 
 
 def test_safetensors_of_the_size_of_an_encoder(tmp_path):

@@ -86,7 +86,9 @@ def read_safetensors(raw: np.ndarray) -> tuple[dict[str, np.ndarray], dict]:
     header = parse_json(bytes(raw[8 : 8 + length]), "its header")
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
-    metadata = header.pop(METADATA, {})
+    metadata = header.pop(METADATA, None)
+    if metadata is None:  # or null, as MLX writes it where there is none
+        metadata = {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
