@@ -19,7 +19,6 @@ import numpy as np
 from recipes.augment import FIRST_SAMPLE, augment, source_length
 from recipes.corpus import Shard
 from recipes.draws import CONTENT, Draws, Strength, draw
-from recipes.front_end import quicken
 from recipes.optimisation import Batch, HostBatch, Losses
 from recipes.parallel import (
     PER_FRAME,
@@ -37,6 +36,7 @@ from rvc_mlx.models.contentvec import (
     ContentVec,
     ContentVecConfig,
 )
+from rvc_mlx.training.front_end import quicken
 
 # 12.4 million parameters.
 CONFIG = ContentVecConfig(

@@ -222,17 +222,16 @@ class Encoder:
             self._runs[version] = self._engine.bind(self.seam(version))
         return self._runs[version]
 
+    def network(self, dtype: mx.Dtype) -> ContentVec:
+        """The network itself, with weights of this type, bound to nothing."""
+        return _load(partial(ContentVec, self.config), self._tensors, self.path, dtype)
+
     def seam(self, version: str) -> Seam:
         """The encoder for voices of ``"v1"`` or ``"v2"``."""
         return Seam(
             "encode",
             fingerprint(self.path, self.config, version),
-            _builder(
-                partial(ContentVec, self.config),
-                self._tensors,
-                self.path,
-                lambda net: [partial(net, version=version)],
-            ),
+            lambda dtype: [partial(self.network(dtype), version=version)],
             lambda length: [((1, length), mx.float32)],
             _AUDIO_LENGTHS,
             beside=True,

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from recipes.front_end import quicken
 from rvc_mlx import normed_conv
 from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
+from rvc_mlx.training.front_end import quicken
 
 CONFIG = ContentVecConfig(
     conv_dim=16,

@@ -944,6 +944,7 @@ def test_run_from_before_there_was_an_option_goes_on_without_it(
         (identity, identity["config"]),
     ):
         del options["adversarial_from"], config["prior_share"], config["mel_scales"]
+        del config["content_weight"]
     (folder / "run.json").write_text(json.dumps(plan))
     progress = dict(state.metadata["progress"])
     del progress["format"]
@@ -1019,6 +1020,26 @@ def test_multiscale_mel_is_kept(folder, monkeypatch, capsys):
     assert kept["config"]["mel_scales"] == [list(scale) for scale in MEL_SCALES]
     assert main(words(folder, "--resume", "--multiscale-mel", "no", epochs=3)) == 1
     assert "config.mel_scales: saved [[5, 32], " in capsys.readouterr().err
+
+
+def test_content_weight_takes_the_encoder_that_made_the_features(
+    folder, small_models, capsys
+):
+    more = ("--content-weight", 3, "--encoder", small_models.encoder)
+    assert main(words(folder, *more, epochs=1)) == 0
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    heard = [row["train/loss_content"] for row in rows if "train/loss_content" in row]
+    assert heard
+    assert np.isfinite(heard).all()
+    kept = json.loads((folder / "run.json").read_text())
+    assert kept["config"]["content_weight"] == 3
+    made_by = {"features": {"encoder_sha256": "0" * 64, "version": "v1"}}
+    (folder / "features.json").write_text(json.dumps(made_by))
+    assert main(words(folder, "--resume", *more[2:], epochs=2)) == 1
+    told = capsys.readouterr().err
+    assert "another encoder made the features" in told
+    assert "pass it with --encoder" in told
 
 
 def test_folder_without_data_is_one_line(tmp_path, capsys):

@@ -17,13 +17,20 @@ from rvc_mlx.training import filelist
 from rvc_mlx.training.commands import refuse_overwrite, say
 from rvc_mlx.training.dataset import TrainingSet, cache_size
 from rvc_mlx.training.distributed import Group, agree, connect, rank_of, share_start
+from rvc_mlx.training.features import made_features
 from rvc_mlx.training.filelist import Entry
 from rvc_mlx.training.files import locked, make_folders
 from rvc_mlx.training.index import CENTRES, build_index
 from rvc_mlx.training.keeper import Keeper
+from rvc_mlx.training.listener import Listener, make_listener
 from rvc_mlx.training.monitor import Monitor
 from rvc_mlx.training.plan import RUN, Plan, make_plan
-from rvc_mlx.training.preparation import find_pitch_net, hash_data, prepare
+from rvc_mlx.training.preparation import (
+    find_encoder,
+    find_pitch_net,
+    hash_data,
+    prepare,
+)
 from rvc_mlx.training.pretrained import Pretrained, load_pretrained
 from rvc_mlx.training.state import Progress
 from rvc_mlx.training.step import AdamW, TrainStep
@@ -107,7 +114,7 @@ def _run(
         folder,
         config,
         options,
-        _networks(plan, start, arguments, group),
+        _networks(folder, plan, start, arguments, group),
         data,
         _validator(folder, plan, arguments, held_out, rank) if held_out else None,
         _keeper(folder, plan, data, bool(arguments.save_only_latest)),
@@ -149,7 +156,11 @@ def _check_sources(folder: Path, plan: Plan, start: Pretrained) -> None:
 
 
 def _networks(
-    plan: Plan, start: Pretrained, arguments: argparse.Namespace, group: Group | None
+    folder: Path,
+    plan: Plan,
+    start: Pretrained,
+    arguments: argparse.Namespace,
+    group: Group | None,
 ) -> TrainStep:
     options = plan.options
     for note in start.notes:
@@ -160,12 +171,33 @@ def _networks(
         start.discriminator,
         optimizer=AdamW(options.learning_rate),
         precision=options.precision,
+        listener=_listener(folder, plan, arguments),
         world=group,
         compiled=arguments.compile,
     )
     if group:
         step.state = share_start(step.state, group)
     return step
+
+
+def _listener(
+    folder: Path, plan: Plan, arguments: argparse.Namespace
+) -> Listener | None:
+    """None where nobody is to listen.
+
+    Raises:
+        ValueError: the encoder is not the one that made the features.
+        OSError: there is none, or it cannot be read.
+    """
+    if not plan.config.content_weight:
+        return None
+    encoder = find_encoder(arguments)
+    if not made_features(folder, encoder):
+        raise ValueError(
+            f"{encoder.path}: another encoder made the features in {folder}; "
+            "--content-weight needs that one, pass it with --encoder"
+        )
+    return make_listener(encoder, plan.config)
 
 
 def _validator(

@@ -163,6 +163,10 @@ def _add_run(group: Any) -> None:
         help="compare the sound in spectrograms of Applio's seven windows, from 1 to "
         "64 ms at 32 kHz, where RVC has one long window (default: no)",
     )  # fmt: skip
+    number("--content-weight", default=0.0, least=0.0,
+           text="weight of what the encoder hears in the voice's sound against the "
+           "recording's, so that words stay clear; RVC has none, with some 1000 its "
+           "slope is as steep as the mel loss's")  # fmt: skip
     number("--patience", default=0, least=0,
            text="stop after N validations without a better score, 0 for never")  # fmt: skip
     number("--validate-every", default=1, least=1,

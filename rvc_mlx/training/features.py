@@ -119,6 +119,14 @@ def from_elsewhere(path: Path) -> bool:
     return "." in path.stem
 
 
+def made_features(folder: Path, encoder: Encoder) -> bool:
+    """Whether it was this encoder; True where the folder does not tell."""
+    path = folder / SETTINGS
+    settings = read_json(path) if path.is_file() else {}
+    made_by = settings.get("features")
+    return made_by is None or made_by["encoder_sha256"] == hash_file(encoder.path)
+
+
 def left_out(folder: Path) -> set[str]:
     """Names of clips without usable features, which no filelist lists.
 

@@ -89,7 +89,7 @@ def _defaults(kind: Any) -> dict[str, Any]:
 
 
 _PLANNED = ("name", "author", "embedder", "hold_out", "validation_clips")
-_CONFIG = ("prior_share",)
+_CONFIG = ("prior_share", "content_weight")
 _OPTIONS = tuple(field.name for field in fields(RunOptions))
 
 

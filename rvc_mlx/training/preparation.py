@@ -51,8 +51,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
             "%d remarks on the recordings, %d on what is left out of them: see %s",
             len(report.problems), lost, report.folder / "report.txt",
         )  # fmt: skip
-    path = arguments.encoder or find_weights("contentvec", "contentvec")
-    encoder = Encoder(read_weights(path, "contentvec"), _engine(arguments))
+    encoder = find_encoder(arguments)
     pitch_net = find_pitch_net(arguments, required=True) if model.f0 else None
     with _bar("features") as progress:
         features.extract_features(
@@ -63,6 +62,17 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
 
 def _engine(arguments: argparse.Namespace) -> Engine:
     return choose_engine(arguments.device, "f32", cache_folder() / "compiled")
+
+
+def find_encoder(arguments: argparse.Namespace) -> Encoder:
+    """The content encoder that was named or downloaded.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is something else.
+    """
+    path = arguments.encoder or find_weights("contentvec", "contentvec")
+    return Encoder(read_weights(path, "contentvec"), _engine(arguments))
 
 
 def find_pitch_net(arguments: argparse.Namespace, required: bool) -> PitchNet | None:

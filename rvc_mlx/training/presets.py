@@ -43,6 +43,7 @@ class TrainingConfig:
         mel_scales: bands and window in samples of several spectrograms that are
             compared in place of the one, see ``losses.multiscale_mel_loss``; the windows
             are multiples of 4. None in RVC.
+        content_weight: weight of the content loss, see ``listener``; 0 in RVC.
     """
 
     model: SynthesizerConfig
@@ -61,6 +62,7 @@ class TrainingConfig:
     kl_weight: float = 1.0
     prior_share: float = 0.0
     mel_scales: tuple[tuple[int, int], ...] = ()
+    content_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.model.vocoder == "RefineGAN":

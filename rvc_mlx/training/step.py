@@ -14,7 +14,7 @@ once for each length of batch::
                                      generator update
 
 Without the discriminator (see ``TrainStep.__call__``) only the lower branch is left, with
-the mel and KL losses.
+the mel and KL losses. A listener, which RVC has not, adds the content loss.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from rvc_mlx.training.forward import (
     step_inputs,
     training_network,
 )
+from rvc_mlx.training.listener import Listener
 from rvc_mlx.training.losses import (
     adversarial_loss,
     discriminator_loss,
@@ -93,6 +94,7 @@ class TrainStep:
         discriminator: likewise.
         optimizer: AdamW's numbers, for both networks.
         precision: ``"f32"``, ``"bf16"`` or ``"f16"``.
+        listener: hears the content loss; none where ``config.content_weight`` is 0.
         world: devices that share each joint batch; None for one.
         convolutions: how convolutions are computed; None for what suits the device.
         compiled: how, see ``compiling``; None for traced on a GPU and not at all on the
@@ -102,12 +104,12 @@ class TrainStep:
         precision: as given.
 
     Raises:
-        ValueError: the precision or the way to compile is unknown, or parameters do not
-            fit the configuration.
+        ValueError: the precision or the way to compile is unknown, or parameters or
+            listener do not fit the configuration.
         RuntimeError: this MLX cannot compile that way.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (each is chosen by itself)
         self,
         config: TrainingConfig,
         generator: Parameters,
@@ -115,12 +117,18 @@ class TrainStep:
         *,
         optimizer: AdamW | None = None,
         precision: str = "f32",
+        listener: Listener | None = None,
         world: Group | None = None,
         convolutions: Convolutions | None = None,
         compiled: str | None = None,
     ):
         if precision not in DTYPES:
             raise ValueError(f"precision {precision!r}; expected one of {list(DTYPES)}")
+        if (listener is not None) != (config.content_weight > 0):
+            raise ValueError(
+                f"content_weight is {config.content_weight:g} and there is "
+                f"{'a' if listener else 'no'} listener; one goes with the other"
+            )
         wanted = dict(zip("gd", shapes(config), strict=True))
         _require_shapes("generator", generator, wanted["g"])
         _require_shapes("discriminator", discriminator, wanted["d"])
@@ -128,7 +136,7 @@ class TrainStep:
         self._config = config
         self._optimizer = optimizer or AdamW()
         self._dtype = DTYPES[precision]
-        self._world = world
+        self._world, self._listener = world, listener
         convolutions = convolutions or Convolutions.fitting()
         self._network = training_network(config, convolutions.generator)
         self._judge = Discriminator(config, convolutions)
@@ -156,9 +164,9 @@ class TrainStep:
 
         Returns:
             Float32 scalars, on their way as the new state is: ``loss_g`` (the weighted
-            sum) and its unweighted parts ``loss_mel``, ``loss_kl`` and, where judged,
-            ``loss_adv``, ``loss_fm``; ``grad_norm_g``; where judged also ``loss_d`` and
-            ``grad_norm_d``.
+            sum) and its unweighted parts ``loss_mel``, ``loss_kl``, with a listener
+            ``loss_content`` and, where judged, ``loss_adv``, ``loss_fm``;
+            ``grad_norm_g``; where judged also ``loss_d`` and ``grad_norm_d``.
         """
         return self.advance(step_inputs(batch, draws), judged)
 
@@ -243,6 +251,9 @@ class TrainStep:
             bind(self._network, weights)
             made = generate(self._network, x, config, self._dtype, from_prior)
             losses = self._own_losses(x, real, made)
+            if self._listener:
+                heard = self._listener(wave, x["starts"], made.audio)
+                losses["loss_content"] = heard
             of_d: State = {}
             if judged:
                 audio = mx.stop_gradient(made.audio)
@@ -325,6 +336,8 @@ class TrainStep:
         total = self._config.mel_weight * losses["loss_mel"]
         if "loss_adv" in losses:
             total = losses["loss_adv"] + losses["loss_fm"] + total
+        if "loss_content" in losses:
+            total = self._config.content_weight * losses["loss_content"] + total
         return total + self._config.kl_weight * losses["loss_kl"] * share
 
     def _update(
