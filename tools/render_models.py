@@ -42,6 +42,8 @@ FACTS = {  # metadata to what a person calls it, in this order
     "seed": "seed",
     "strangers": "strangers heard in training",
     "started_from": "started from",
+    "parallel": "voices of the parallel speech",
+    "mean_of": "mean of",
     "calibrated_from": "calibrated again from",
     "false_frames_per_missed_one": "false frames that a missed one counted as",
     "steps": "steps",
