@@ -143,7 +143,7 @@ def test_what_pytorch_cannot_do_is_told_and_nothing_else():
         benchmark.attempt(fail, "ours tf32")
 
 
-def test_the_result_has_its_table_in_the_documents(tmp_path):
+def test_the_result_has_its_table_in_the_documents(monkeypatch):
     cells = {"median_s": 0.05, "min_s": 0.05, "samples_s": [0.05], "finite": True}
     sides = {"ours tf32": cells, "ours bf16": cells | {"median_s": 0.025}}
     sides |= {"PyTorch f16": cells, "PyTorch tf32, compiled": {"failed": "no compiler"}}
@@ -160,3 +160,6 @@ def test_the_result_has_its_table_in_the_documents(tmp_path):
     found = [cell.strip() for cell in line.strip("| ").split("|")]
     assert found == [*values, "1200", "2", "1"]
     assert "not measured" in gpu_table.gpu([])
+
+    monkeypatch.setitem(gpu_table.REMARKS, "0123456", "clocks were slow.")
+    assert gpu_table.gpu([result]).endswith("|\n\n0123456: clocks were slow.")
