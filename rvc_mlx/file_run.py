@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,13 @@ class _File:
     job: Job
 
 
+class _Written(NamedTuple):
+    """A file that lacks its name only, or what befell it."""
+
+    file: _File
+    result: Report | Exception
+
+
 class FileRun:
     """A conversion of several files; see ``VoiceConverter.convert_files``.
 
@@ -60,7 +68,9 @@ class FileRun:
         self._rate = options.output_rate or nets.voice.config.sample_rate
         self._report = Report()
         self._open: dict[Job, _File] = {}
+        self._unplaced: dict[int, ExitStack] = {}  # writers of what lacks its name
         self._failed: deque[Result] = deque()
+        self._error: Exception
         self._all_taken = False
 
     def convert(self, files: Sequence[tuple[Path, Path]]) -> Iterator[Result]:
@@ -68,13 +78,13 @@ class FileRun:
         jobs = self._jobs(files)
         try:
             while self._open or not self._all_taken:
-                # Beside the networks' way through the next ones.
-                finishing = self._finishing(jobs, aside=len(files) > 1)
-                for number, result in in_parallel(lambda finish: finish(), finishing):
-                    yield from self._failures()
-                    if self._progress and isinstance(result, Report):
-                        self._progress(number, result.seconds, result.seconds)
-                    yield number, result
+                self._error = RuntimeError("the conversion ended early")
+                writing = self._writing(jobs, aside=len(files) > 1)
+                # Several are written while the networks compute what comes behind them.
+                with closing(in_parallel(lambda write: write(), writing)) as written:
+                    for file, result in written:
+                        yield from self._failures()
+                        yield file.number, self._placed(file, result)
                 # What was raised between files has ended all that are open.
                 for file in self._open.values():
                     self._failed.append((file.number, self._error))
@@ -82,19 +92,21 @@ class FileRun:
                 yield from self._failures()
         finally:
             self._close()
+            self._drop()
 
-    def _finishing(
+    def _writing(
         self, jobs: Iterator[Job], *, aside: bool
-    ) -> Iterator[Callable[[], Result]]:
+    ) -> Iterator[Callable[[], _Written]]:
         """What writes each file, or has written it."""
-        self._error: Exception = RuntimeError("the conversion ended early")
         try:
             for job, raw in convert_all(self._nets, jobs, self._report):
-                if aside and job.ends_aside:
-                    yield self._writing(job, raw)
-                    continue
                 file = self._open[job]
-                result = self._written(file, raw, self._report, self._progress)
+                told = self._progress and partial(self._progress, file.number)
+                observed = job.observed(raw, told)
+                if aside and job.ends_aside:
+                    yield self._writing_aside(job, observed)
+                    continue
+                result = self._written(file, observed, self._report)
                 if isinstance(result, Exception):
                     self._error = result
                     # The networks may still be on their way through it.
@@ -102,11 +114,13 @@ class FileRun:
                         deque(raw, maxlen=0)
                 del self._open[job]
                 job.close()
-                yield partial(_same, (file.number, result))
+                yield partial(_Written, file, result)
         except _OF_A_FILE as error:
             self._error = error
 
-    def _writing(self, job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Result]:
+    def _writing_aside(
+        self, job: Job, raw: Iterator[np.ndarray]
+    ) -> Callable[[], _Written]:
         """What writes a file whose blocks are there."""
         file, blocks, error = self._open[job], [], None
         try:
@@ -116,13 +130,29 @@ class FileRun:
         del self._open[job]
         report, self._report.stages = Report(stages=self._report.stages), {}
 
-        def written() -> Result:
+        def write() -> _Written:
             with job:
-                if error:
-                    return file.number, error
-                return file.number, self._written(file, iter(blocks), report, None)
+                return _Written(
+                    file, error or self._written(file, iter(blocks), report)
+                )
 
-        return written
+        return write
+
+    def _placed(self, file: _File, result: Report | Exception) -> Report | Exception:
+        """The report, now that the file is in its place; or what befell it."""
+        if isinstance(result, Report):
+            try:
+                self._unplaced.pop(file.number).close()
+            except _OF_A_FILE as error:
+                return error
+        return result
+
+    def _drop(self) -> None:
+        """Leave nothing of files that nobody was told of."""
+        while self._unplaced:
+            _, writer = self._unplaced.popitem()
+            with suppress(*_OF_A_FILE):
+                writer.__exit__(GeneratorExit, GeneratorExit(), None)
 
     def _failures(self) -> Iterator[Result]:
         while self._failed:
@@ -158,25 +188,19 @@ class FileRun:
         return job, frames / rate
 
     def _written(
-        self,
-        file: _File,
-        raw: Iterator[np.ndarray],
-        report: Report,
-        progress: FileProgress | None,
+        self, file: _File, raw: Iterator[np.ndarray], report: Report
     ) -> Report | Exception:
-        """Write a file; its report, or what befell it."""
-        told = progress and partial(progress, file.number)
+        """Write a file, all but its name; its report, or what befell it."""
         try:
-            with AudioWriter(file.target, self._rate, self._subtype) as writer:
-                for block in file.job.blocks(raw, report, told):
+            with ExitStack() as stack:
+                writer = AudioWriter(file.target, self._rate, self._subtype)
+                stack.enter_context(writer)
+                for block in file.job.blocks(raw, report):
                     with report.stage("write"):
                         writer.write(block)
+                self._unplaced[file.number] = stack.pop_all()
         except _OF_A_FILE as error:
             return error
         stages, report.stages = report.stages, {}
         joins = file.job.joins
         return Report(file.seconds, writer.frames, self._rate, stages, joins=joins)
-
-
-def _same(result: Result) -> Result:
-    return result

@@ -196,37 +196,51 @@ class Job:
             f0 = f0[first : first + segment.frames]
         return Piece(segment, f0, self.speaker, self.noise, self)
 
-    def blocks(
-        self,
-        raw: Iterator[np.ndarray],
-        report: Report,
-        progress: Progress | None = None,
+    def observed(
+        self, raw: Iterator[np.ndarray], progress: Progress | None
     ) -> Iterator[np.ndarray]:
+        """The segments' output as it is; keeps its joins.
+
+        Args:
+            raw: at the voice's rate.
+            progress: called with seconds done and seconds in all.
+        """
+        done, rate = 0, self.voice.config.sample_rate
+        total = len(self.source) / SAMPLE_RATE
+        for block in raw:
+            if done:
+                self.joins.append(done / rate)
+            done += len(block)
+            if progress:
+                progress(min(done / rate, total), total)
+            yield block
+        if progress:
+            progress(total, total)
+
+    def blocks(self, raw: Iterator[np.ndarray], report: Report) -> Iterator[np.ndarray]:
         """Blocks of the result, from its first sample on.
 
         Args:
             raw: the segments' output at the voice's rate.
             report: takes the time of the stages.
-            progress: called with seconds done and seconds in all.
         """
-        finished, gain = self._finished(raw, report, progress)
+        finished, gain = self._finished(raw, report)
         with finished:
             for block in finished.blocks():
                 yield block if gain == 1 else gain * block
 
     def whole(self, raw: Iterator[np.ndarray], report: Report) -> np.ndarray:
         """The result in one piece; see ``blocks``."""
-        finished, gain = self._finished(raw, report, None)
+        finished, gain = self._finished(raw, report)
         audio = finished.take()
         if gain != 1:
             audio *= gain
         return audio
 
     def _finished(
-        self, raw: Iterator[np.ndarray], report: Report, progress: Progress | None
+        self, raw: Iterator[np.ndarray], report: Report
     ) -> tuple[Spool, np.float32]:
         """The result before its limiter, and the gain of that."""
-        raw = self._observed(raw, progress)
         if self.options.volume_envelope != 1:
             raw = self._matched(raw)
         finished = self.source.like(expected=self.target)
@@ -238,24 +252,7 @@ class Job:
         except BaseException:
             finished.close()
             raise
-        if progress:
-            total = len(self.source) / SAMPLE_RATE
-            progress(total, total)
         return finished, np.float32(limit_gain(loudest))
-
-    def _observed(
-        self, blocks: Iterator[np.ndarray], progress: Progress | None
-    ) -> Iterator[np.ndarray]:
-        """The same blocks at the voice's rate; keeps their joins, tells ``progress``."""
-        done, rate = 0, self.voice.config.sample_rate
-        total = len(self.source) / SAMPLE_RATE
-        for block in blocks:
-            if done:
-                self.joins.append(done / rate)
-            done += len(block)
-            if progress:
-                progress(min(done / rate, total), total)
-            yield block
 
     def _matched(self, blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
         """The blocks with the recording's loudness, which needs all of them first."""

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Generator, Iterable, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -121,7 +121,7 @@ def memory_bytes() -> int:
 
 def in_parallel(
     function: Callable[[Item], Result], items: Iterable[Item]
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """``function`` of every item, in order, on the processors that there are.
 
     Results wait to be taken for no more than two items a thread, so memory is bounded.
@@ -141,7 +141,7 @@ def in_parallel(
         waiting: deque[Future[Result]] = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
-            while waiting and (waiting[0].done() or len(waiting) == 2 * threads):
+            if waiting[0].done() or len(waiting) == 2 * threads:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

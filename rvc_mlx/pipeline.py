@@ -306,7 +306,8 @@ class VoiceConverter:
 
         Yields:
             Number of a file that is done, and its report: stages hold the time since
-            the file before. Or the ``ValueError``, ``OSError`` or ``MemoryError`` that
+            the file before, and that of finishing and writing it, which may go on beside
+            the files behind it. Or the ``ValueError``, ``OSError`` or ``MemoryError`` that
             befell it; the others go on.
         """
         options = options or ConversionOptions()

@@ -115,7 +115,7 @@ def test_work_is_taken_on_the_callers_thread_when_its_turn_comes(monkeypatch):
     go = threading.Event()
 
     def work(n):
-        go.wait(0.1)
+        go.wait(1)
         return n**2
 
     results = machine.in_parallel(work, items())
@@ -125,7 +125,7 @@ def test_work_is_taken_on_the_callers_thread_when_its_turn_comes(monkeypatch):
     assert list(results) == [n**2 for n in range(1, 20)]
 
 
-def test_what_is_done_is_given_before_more_is_taken(monkeypatch):
+def test_what_is_done_is_given_as_more_is_taken(monkeypatch):
     monkeypatch.setattr(machine, "processors", lambda: 4)
     taken = []
 

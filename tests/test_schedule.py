@@ -1,6 +1,8 @@
 """Recordings that go through the networks together are what each is alone."""
 
 import threading
+import time
+from contextlib import closing, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -534,6 +536,37 @@ def test_files_are_written_beside_the_networks(
     for number, done, total, thread in told:
         assert 0 < done <= total == pytest.approx(results[number].seconds, abs=0.01)
         assert thread is threading.main_thread()
+
+
+@pytest.mark.parametrize("interrupted", ["networks", "taking"])
+def test_files_that_nobody_was_told_of_are_not_left(
+    small_converter, files, tmp_path, monkeypatch, interrupted
+):
+    """So that a folder goes on where it was interrupted, and overwrites nothing."""
+    convert_all = file_run.convert_all
+
+    def until_interrupted(*arguments):
+        for count, job_and_raw in enumerate(convert_all(*arguments), 1):
+            yield job_and_raw
+            time.sleep(0.5)  # meanwhile it is written
+            if count == 2 and interrupted == "networks":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "processors", lambda: 4)
+    monkeypatch.setattr(file_run, "convert_all", until_interrupted)
+    told = []
+    with (
+        suppress(KeyboardInterrupt),
+        closing(small_converter.convert_files(files)) as results,
+    ):
+        for number, report in results:
+            assert not isinstance(report, Exception)
+            told.append(number)
+            if interrupted == "taking":
+                break
+    assert told == [0]
+    written = {path.name for path in tmp_path.iterdir()} - {s.name for s, _ in files}
+    assert written == {"out0.wav"}
 
 
 def test_joins_are_each_recording_s_own(small_models, files, speech):
