@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import common
 import numpy as np
 import stages
-from our_side import OurSynthesis, synthesis_inputs, voice_network
+from our_side import OurSynthesis, copied, synthesis_inputs, voice_network
 from torch_side import OnDevice, TorchPitch, decode
 from twins import Sides, main_for_each, save
 
@@ -46,7 +46,7 @@ def hubert(sides: Sides, paths: Paths, seconds: float) -> tuple[Call, Call]:
     ours = Encoder(read_weights(paths.mlx, "contentvec"), sides.engine)
     theirs = OnDevice(load_contentvec(paths.pt), sides.torch)
     return (
-        lambda: ours.encode(audio, "v2"),
+        lambda: copied(ours.encode(audio, "v2")),
         lambda: theirs.run(lambda net, x: net.extract(x, "v2"), audio[None])[0],
     )
 
@@ -57,7 +57,7 @@ def rmvpe(sides: Sides, paths: Paths, seconds: float) -> tuple[Call, Call]:
     theirs = TorchPitch(paths.pt, sides.torch)
     mel = theirs.log_mel(common.synthetic_audio(seconds))[0].T.cpu().numpy()
     mel = np.ascontiguousarray(mel[None, : len(mel) // 32 * 32])
-    return lambda: ours.salience(mel), lambda: theirs.salience(mel)
+    return lambda: copied(ours.salience(mel)), lambda: theirs.salience(mel)
 
 
 def _voices(sides: Sides, paths: Paths) -> tuple[Voice, OnDevice]:
@@ -73,7 +73,7 @@ def encoder(sides: Sides, paths: Paths, seconds: float) -> tuple[Call, Call]:
     given = synthesis_inputs(round(100 * seconds), voice.config.feature_size)
     phone, coarse = given.features[None], quantize_f0(given.f0)[None]
     return (
-        lambda: run(phone, coarse.astype(np.int32)),
+        lambda: copied(run(phone, coarse.astype(np.int32))),
         lambda: np.concatenate(
             theirs.run(lambda net, *a: net.encode_text(*a), phone, coarse), axis=-1
         ),
@@ -90,7 +90,7 @@ def flow(sides: Sides, paths: Paths, seconds: float) -> tuple[Call, Call]:
     run = stages.flow(voice_network(paths.mlx, voice.config), sides, voice.config)
     z = _latent(round(100 * seconds), voice.config.inter_channels)
     g = voice.speakers[:1][None]
-    return lambda: run(z, g), lambda: theirs.run(stages.inverse_flow, z)
+    return lambda: copied(run(z, g)), lambda: theirs.run(stages.inverse_flow, z)
 
 
 def generator(sides: Sides, paths: Paths, seconds: float) -> tuple[Call, Call]:

@@ -8,11 +8,10 @@ from typing import Protocol
 import common
 import numpy as np
 import torch
-from our_side import KeptNoise, OurSynthesis, SynthesisInputs, find_f0
+from our_side import KeptNoise, OurSynthesis, SynthesisInputs, copied, find_f0
 from torch_side import OnDevice, Place, TorchPipeline, synthesize
 from twins import Sides, converter
 
-from rvc_mlx.arrays import copy_to
 from rvc_mlx.options import ConversionOptions
 
 INDEX_RATE = 0.75
@@ -59,11 +58,7 @@ class Ours:
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""
         voice = self._converter.voice
-        features = self._converter.encoder.encode(audio, voice.config.version)
-        # A GPU's array is only seen from the host so far; PyTorch's is copied, too.
-        copied = np.empty_like(features)
-        copy_to(copied, features)
-        return copied
+        return copied(self._converter.encoder.encode(audio, voice.config.version))
 
     def rmvpe(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""

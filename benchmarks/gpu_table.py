@@ -11,8 +11,8 @@ GPU_SIDES = ("ours tf32", "ours bf16", "ours f16", "PyTorch tf32", "PyTorch f16"
 GPU_SIDES += ("PyTorch tf32, compiled",)
 # What was measured in another way than now, by the commit.
 REMARKS = {
-    "b23c36e": "hubert leaves our features where the GPU has them, while PyTorch's are "
-    "copied to the host. Ours are copied, too, since.",
+    "b23c36e": "in the row hubert PyTorch's features are copied to the host and ours are "
+    "not; measurements since then copy both.",
 }
 
 

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx import pitch
-from rvc_mlx.arrays import Array, one_ahead
+from rvc_mlx.arrays import Array, copy_to, one_ahead
 from rvc_mlx.decoding import Piece, Plan, plan_of, sample_latents, start_windows
 from rvc_mlx.engine import Run, Seam, Step, fingerprint
 from rvc_mlx.loading import Engine, PitchNet, Voice, read_weights
@@ -27,6 +27,16 @@ from rvc_mlx.segments import Segment
 FRAME_LENGTHS = (50, 51, 70)  # at which seams of any length are traced
 
 Shapes = Sequence[tuple[tuple[int, ...], mx.Dtype]]
+
+
+def copied(x: np.ndarray) -> np.ndarray:
+    """``x`` in the host's own memory.
+
+    What an engine gives may lie where a GPU has it, and only be seen from the host.
+    """
+    target = np.empty_like(x)
+    copy_to(target, x)
+    return target
 
 
 def find_f0(net: PitchNet, audio: np.ndarray) -> np.ndarray:

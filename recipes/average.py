@@ -1,7 +1,7 @@
 """The mean of two networks' weights: ``python -m recipes.average BEFORE AFTER --export MEAN``.
 
 A network that was trained on from another lies near it, and what lies between the two often
-does better on what neither has heard than both (Wortsman et al. 2022, "Model soups"). An
+does better on what neither has heard than either (Wortsman et al. 2022, "Model soups"). An
 encoder in the middle also keeps to what its voices know, so they need fewer steps on it.
 """
 

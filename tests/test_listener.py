@@ -1,6 +1,7 @@
 """The content loss: what the encoder hears of a generated segment against the recording."""
 
 import dataclasses
+import math
 
 import mlx.core as mx
 import numpy as np
@@ -147,3 +148,9 @@ def test_weight_and_listener_go_together(encoder):
     for one, listener in ((heard, None), (config, listening(encoder, config))):
         with pytest.raises(ValueError, match="one goes with the other"):
             TrainStep(one, *weights, listener=listener)
+
+
+@pytest.mark.parametrize("weight", [-1, math.inf, math.nan])
+def test_the_weight_is_checked(weight):
+    with pytest.raises(ValueError, match=f"content_weight is {weight}; expected 0 or"):
+        dataclasses.replace(make_config("nsf"), content_weight=weight)

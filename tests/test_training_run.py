@@ -28,6 +28,7 @@ from processes import PATHS, launch
 from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
 from rvc_mlx.cli import main
 from rvc_mlx.formats.torch_writer import write_torch
+from rvc_mlx.loading import file_in_folder
 from rvc_mlx.models.layers import load_strictly
 from rvc_mlx.models.synthesizer import Synthesizer, sanitize
 from rvc_mlx.models.voice_config import SynthesizerConfig
@@ -1034,8 +1035,16 @@ def test_content_weight_takes_the_encoder_that_made_the_features(
     assert np.isfinite(heard).all()
     kept = json.loads((folder / "run.json").read_text())
     assert kept["config"]["content_weight"] == 3
-    made_by = {"features": {"encoder_sha256": "0" * 64, "version": "v1"}}
-    (folder / "features.json").write_text(json.dumps(made_by))
+    unknown = "does not tell which encoder made its features"
+    assert unknown in capsys.readouterr().out
+
+    encoder = file_in_folder(small_models.encoder)
+    made_by = {"encoder_sha256": hash_file(encoder), "version": "v1"}
+    (folder / "features.json").write_text(json.dumps({"features": made_by}))
+    assert main(words(folder, "--force", *more, epochs=1)) == 0
+    assert unknown not in capsys.readouterr().out
+    made_by["encoder_sha256"] = "0" * 64
+    (folder / "features.json").write_text(json.dumps({"features": made_by}))
     assert main(words(folder, "--resume", *more[2:], epochs=2)) == 1
     told = capsys.readouterr().err
     assert "another encoder made the features" in told

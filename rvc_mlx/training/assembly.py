@@ -192,10 +192,16 @@ def _listener(
     if not plan.config.content_weight:
         return None
     encoder = find_encoder(arguments)
-    if not made_features(folder, encoder):
+    known = made_features(folder, encoder)
+    if known is False:
         raise ValueError(
             f"{encoder.path}: another encoder made the features in {folder}; "
             "--content-weight needs that one, pass it with --encoder"
+        )
+    if known is None:
+        say(
+            f"{folder} does not tell which encoder made its features; {encoder.path} is "
+            "taken for it"
         )
     return make_listener(encoder, plan.config)
 

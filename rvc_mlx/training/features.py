@@ -119,12 +119,15 @@ def from_elsewhere(path: Path) -> bool:
     return "." in path.stem
 
 
-def made_features(folder: Path, encoder: Encoder) -> bool:
-    """Whether it was this encoder; True where the folder does not tell."""
+def made_features(folder: Path, encoder: Encoder) -> bool | None:
+    """Whether it was this encoder; None where the folder does not tell."""
     path = folder / SETTINGS
     settings = read_json(path) if path.is_file() else {}
     made_by = settings.get("features")
-    return made_by is None or made_by["encoder_sha256"] == hash_file(encoder.path)
+    if made_by is None:
+        return None
+    told: bool = made_by["encoder_sha256"] == hash_file(encoder.path)
+    return told
 
 
 def left_out(folder: Path) -> set[str]:

@@ -58,7 +58,7 @@ class Listener:
         self._fade = _fade(config.segment_samples, round(_FADE_SECONDS * self._rate))
 
     def __call__(self, wave: mx.array, starts: mx.array, audio: mx.array) -> mx.array:
-        """Mean over a segment's frames of 1 - cosine of the features' angle, 0 to 2.
+        """Mean over a segment's frames of 1 - cosine of the angle between features, 0 to 2.
 
         Where a recording is silent all around, nothing is heard: the encoder's first norm
         would make a voice of the faintest noise.

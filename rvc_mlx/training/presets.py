@@ -5,6 +5,7 @@ Source: the JSON configurations of RVC (``configs/v1``, ``configs/v2``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +73,10 @@ class TrainingConfig:
             )
         if not 0 <= self.prior_share <= 1:
             raise ValueError(f"prior_share is {self.prior_share}; expected 0 to 1")
+        if not 0 <= self.content_weight < math.inf:
+            raise ValueError(
+                f"content_weight is {self.content_weight}; expected 0 or more"
+            )
         _check_scales(self.mel_scales, self.segment_samples)
         if self.discriminator not in PERIODS:
             raise ValueError(
