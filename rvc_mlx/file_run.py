@@ -84,7 +84,10 @@ class FileRun:
                 with closing(in_parallel(lambda write: write(), writing)) as written:
                     for file, result in written:
                         yield from self._failures()
-                        yield file.number, self._placed(file, result)
+                        placed = self._placed(file, result)
+                        if self._progress and isinstance(placed, Report):
+                            self._progress(file.number, file.seconds, file.seconds)
+                        yield file.number, placed
                 # What was raised between files has ended all that are open.
                 for file in self._open.values():
                     self._failed.append((file.number, self._error))

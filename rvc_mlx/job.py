@@ -214,8 +214,6 @@ class Job:
             if progress:
                 progress(min(done / rate, total), total)
             yield block
-        if progress:
-            progress(total, total)
 
     def blocks(self, raw: Iterator[np.ndarray], report: Report) -> Iterator[np.ndarray]:
         """Blocks of the result, from its first sample on.
