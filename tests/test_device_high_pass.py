@@ -94,13 +94,14 @@ def plain(inputs, outputs, grid, *, constants):
         end = [*pieces[:, 0], len(x)][i + 1]
         assert end == start + -(-length // module._RUN) * module._RUN + module._BATCH
         assert grid.blocks * module._RESULTS >= length
-        both = x[start : start + length].astype(np.float64)
+        # Before and behind these lies whatever was in memory.
+        inside = slice(start + front, start + length - back)
+        both = x[inside].astype(np.float64)
         if constants["RECORDING"]:
-            inside = both[front : length - back]
-            both = np.pad(inside, (front, back), "reflect", reflect_type="odd")
+            both = np.pad(both, (front, back), "reflect", reflect_type="odd")
         else:
             assert front == back == 0
-            both += rest[start : start + length]
+            both += rest[inside]
         gain = np.array(bits, np.int32).view(np.float32).astype(np.float64).sum()
         made = gain * signal.lfilter(b, a, both, zi=steady * both[0])[0][::-1]
         y[start : start + length] = made
