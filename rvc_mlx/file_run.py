@@ -107,7 +107,7 @@ class FileRun:
                 told = self._progress and partial(self._progress, file.number)
                 observed = job.observed(raw, told)
                 if aside and job.ends_aside:
-                    yield self._writing_aside(job, observed)
+                    yield self._writing_aside(file, observed)
                     continue
                 result = self._written(file, observed, self._report)
                 if isinstance(result, Exception):
@@ -122,19 +122,19 @@ class FileRun:
             self._error = error
 
     def _writing_aside(
-        self, job: Job, raw: Iterator[np.ndarray]
+        self, file: _File, raw: Iterator[np.ndarray]
     ) -> Callable[[], _Written]:
         """What writes a file whose blocks are there."""
-        file, blocks, error = self._open[job], [], None
+        blocks, error = [], None
         try:
             blocks = list(raw)
         except _OF_A_FILE as raised:
             self._error = error = raised
-        del self._open[job]
+        del self._open[file.job]
         report, self._report.stages = Report(stages=self._report.stages), {}
 
         def write() -> _Written:
-            with job:
+            with file.job:
                 return _Written(
                     file, error or self._written(file, iter(blocks), report)
                 )

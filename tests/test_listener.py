@@ -7,27 +7,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from scipy.signal import firwin, resample_poly
+from test_front_end import CONFIG as ENCODER
 from test_training_step import make_batch, make_config, make_reference, run
 from tiny_models import arrays
 
-from rvc_mlx.models.contentvec import ContentVec, ContentVecConfig
+from rvc_mlx.models.contentvec import ContentVec
 from rvc_mlx.training import listener as module
 from rvc_mlx.training.listener import MARGIN, Listener, resampled
 from rvc_mlx.training.parametrization import from_torch
 from rvc_mlx.training.presets import preset
 from rvc_mlx.training.step import TrainStep
-
-ENCODER = ContentVecConfig(
-    conv_dim=16,
-    hidden_size=32,
-    num_layers=1,
-    num_heads=2,
-    intermediate_size=32,
-    pos_conv_kernel=16,
-    pos_conv_groups=2,
-    final_proj_size=0,
-    bottleneck_size=8,
-)
 
 
 @pytest.fixture(autouse=True)

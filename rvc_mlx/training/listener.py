@@ -97,7 +97,6 @@ def make_listener(encoder: Encoder, config: TrainingConfig) -> Listener:
 
 
 def _cosine(a: mx.array, b: mx.array) -> mx.array:
-    a, b = (x.astype(mx.float32) for x in (a, b))
     norms = mx.sum(mx.square(a), axis=-1) * mx.sum(mx.square(b), axis=-1)
     return mx.sum(a * b, axis=-1) * mx.rsqrt(norms + 1e-6)
 
