@@ -22,7 +22,7 @@ import common
 import mlx.core as mx
 import numpy as np
 import torch
-from gpu_sides import Side, compiled_side, our_sides, torch_sides
+from gpu_sides import Side, compiled_side, default_side, our_sides, torch_sides
 from our_side import synthesis_inputs
 from twins import choose_sides, distinct_precisions
 
@@ -45,12 +45,13 @@ class Row:
     Attributes:
         seconds: of audio that a call takes.
         call: what is timed, of any side.
-        compiled: whether ``torch.compile`` takes part.
+        network: whether it is a network alone; there PyTorch takes part as it comes and
+            through ``torch.compile``, too.
     """
 
     seconds: float
     call: Call
-    compiled: bool = False
+    network: bool = False
 
 
 def planned_rows(seconds: float, clips: int, voice: Voice) -> dict[str, Row]:
@@ -213,10 +214,10 @@ class Benchmark:
         """Measure and print."""
         asked, one = self._arguments, self._ours[0]
         place = one.torch._replace(precision="tf32" if one.backend == "cuda" else "f32")
-        place.set_tf32()
-        sides = our_sides(self._files, self._ours)
+        sides, default = our_sides(self._files, self._ours), {}
         if not asked.mlx_only:
             sides |= torch_sides(self._files, place)
+            default = default_side(self._files, place)
         if any(map(self._wanted, FIRST_ROWS)):
             warm = self._wanted("new-length-warm")
             for name, side in sides.items():
@@ -227,11 +228,11 @@ class Benchmark:
         rows = planned_rows(asked.seconds, asked.clips, voice)
         rows = {name: row for name, row in rows.items() if self._wanted(name)}
         for name, row in rows.items():
-            self._measure(name, row, sides)
+            self._measure(name, row, sides | default if row.network else sides)
         if asked.compile and not asked.mlx_only:
             compiled = compiled_side(self._files, place)
             for name, row in rows.items():
-                if row.compiled:
+                if row.network:
                     self._measure(name, row, compiled)
         print(self._table.text())
 

@@ -84,7 +84,7 @@ class Ours:
 
 
 class Theirs:
-    """The reference on PyTorch.
+    """The reference on PyTorch; each call sets whether it may use TF32.
 
     Args:
         files: the models.
@@ -93,6 +93,7 @@ class Theirs:
     """
 
     def __init__(self, files: common.Models, place: Place, compiled: bool = False):
+        self._place = place
         self._pipeline = TorchPipeline(files, place)
         self._noise = KeptNoise()
         self._rate = INDEX_RATE if files.index else 0.0
@@ -108,20 +109,24 @@ class Theirs:
 
     def hubert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""
+        self._place.set_tf32()
         version = self._pipeline.synthesizer.version
         wave = torch.from_numpy(audio)[None]
         return self._pipeline.contentvec.extract(wave, version)[0].numpy()
 
     def rmvpe(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""
+        self._place.set_tf32()
         return self._pipeline.pitch.estimate_f0(audio)
 
     def synthesizer(self, inputs: SynthesisInputs) -> np.ndarray:
         """As of ``Side``."""
+        self._place.set_tf32()
         return synthesize(self._pipeline.synthesizer, inputs)
 
     def convert(self, audio: np.ndarray) -> np.ndarray:
         """As of ``Side``."""
+        self._place.set_tf32()
         return self._pipeline.convert(audio, noise=self._noise, index_rate=self._rate)
 
     def convert_many(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -142,6 +147,13 @@ def torch_sides(files: common.Models, place: Place) -> dict[str, Side]:
     """PyTorch's, by name: eager, and on a GPU in half precision too."""
     half = [] if place.device.type == "cpu" else [place._replace(precision="f16")]
     return {f"PyTorch {at.precision}": Theirs(files, at) for at in [place, *half]}
+
+
+def default_side(files: common.Models, place: Place) -> dict[str, Side]:
+    """PyTorch's in float32 as it comes, by name; none where that is plain float32."""
+    if place.device.type != "cuda":
+        return {}
+    return {"PyTorch default": Theirs(files, place._replace(precision="default"))}
 
 
 def compiled_side(files: common.Models, place: Place) -> dict[str, Side]:

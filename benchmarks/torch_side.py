@@ -34,7 +34,11 @@ DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
 class Place(NamedTuple):
-    """Where and how PyTorch computes; ``precision`` is f32, tf32, bf16 or f16."""
+    """Where and how PyTorch computes.
+
+    ``precision`` is f32, tf32, bf16, f16, or "default": float32 as PyTorch comes, that
+    takes TF32 for convolutions and not for products.
+    """
 
     device: torch.device
     precision: str
@@ -48,7 +52,7 @@ class Place(NamedTuple):
         """Let CUDA use TF32 for float32 products and convolutions, or not."""
         if self.device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = self.precision == "tf32"
-            torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+            torch.backends.cudnn.allow_tf32 = self.precision in ("tf32", "default")
 
 
 class Exact(NamedTuple):

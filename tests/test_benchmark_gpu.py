@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -134,6 +135,36 @@ def test_numbers_that_are_not_finite_are_an_error_of_ours_alone():
         table.put("many", 1.0, "ours bf16", cell)
 
 
+@pytest.fixture
+def _tf32_as_before():
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = cuda.allow_tf32, cudnn.allow_tf32
+    yield
+    cuda.allow_tf32, cudnn.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("_tf32_as_before")
+def test_each_way_of_pytorch_allows_tf32_where_its_name_says(small_models, monkeypatch):
+    monkeypatch.setattr(gpu_sides, "TorchPipeline", lambda *_: MagicMock())
+    monkeypatch.setattr(gpu_sides, "synthesize", lambda *_: allowed())
+
+    def allowed():
+        backends = torch.backends
+        return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+    files = common.models(small_models.folder, index=False)
+    place = Place(torch.device("cuda"), "tf32")
+    sides = gpu_sides.torch_sides(files, place) | gpu_sides.default_side(files, place)
+    found = {name: side.synthesizer(None) for name, side in sides.items()}
+    assert found == {
+        "PyTorch tf32": (True, True),
+        "PyTorch f16": (False, False),
+        "PyTorch default": (False, True),
+    }
+    plain = Place(torch.device("cpu"), "f32")
+    assert gpu_sides.default_side(files, plain) == {}
+
+
 def test_what_pytorch_cannot_do_is_told_and_nothing_else():
     def fail():
         raise RuntimeError("CUDA out of memory\nmore")
@@ -146,7 +177,8 @@ def test_what_pytorch_cannot_do_is_told_and_nothing_else():
 def test_the_result_has_its_table_in_the_documents(monkeypatch):
     cells = {"median_s": 0.05, "min_s": 0.05, "samples_s": [0.05], "finite": True}
     sides = {"ours tf32": cells, "ours bf16": cells | {"median_s": 0.025}}
-    sides |= {"PyTorch f16": cells, "PyTorch tf32, compiled": {"failed": "no compiler"}}
+    sides |= {"PyTorch default": cells | {"median_s": 0.1}, "PyTorch f16": cells}
+    sides |= {"PyTorch tf32, compiled": {"failed": "no compiler"}}
     result = {
         "benchmark": "gpu",
         "file": "gpu-cuda.json",
@@ -156,7 +188,7 @@ def test_the_result_has_its_table_in_the_documents(monkeypatch):
     }
     [line] = [x for x in gpu_table.gpu([result]).splitlines() if "H9000" in x]
     values = ["H9000, 8 cores", "0123456", "conversion", "30"]
-    values += ["50", "25", "-", "-", "50", "failed"]
+    values += ["50", "25", "-", "-", "50", "100", "failed"]
     found = [cell.strip() for cell in line.strip("| ").split("|")]
     assert found == [*values, "1200", "2", "1"]
     assert "not measured" in gpu_table.gpu([])
