@@ -9,11 +9,6 @@ from tables import Result, chosen, commit, machine
 
 GPU_SIDES = ("ours tf32", "ours bf16", "ours f16", "PyTorch tf32", "PyTorch f16")
 GPU_SIDES += ("PyTorch default", "PyTorch tf32, compiled")
-# What was measured in another way than now, by the commit.
-REMARKS = {
-    "b23c36e": "in the row hubert PyTorch's features are copied to the host and ours are "
-    "not; measurements since then copy both.",
-}
 
 
 def gpu(results: list[Result]) -> str:
@@ -37,9 +32,7 @@ def gpu(results: list[Result]) -> str:
     ]
     if not rows:
         rows = [["-", *["not measured"] * (len(header) - 1)]]
-    commits = dict.fromkeys(commit(result, 7) for result in shown)
-    remarks = [f"\n\n{name}: {REMARKS[name]}" for name in commits if name in REMARKS]
-    return table(header, rows) + "".join(remarks)
+    return table(header, rows)
 
 
 def _machine(result: Result) -> str:
