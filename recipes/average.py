@@ -24,6 +24,7 @@ from rvc_mlx.checkpoint import (
 
 log = logging.getLogger("recipes")
 
+MODEL_HASH = "model_hash"  # of a voice: names its run and step
 MEAN_OF = "mean_of"  # in the metadata: the files with their hashes and shares
 
 
@@ -62,6 +63,8 @@ def mean(
 def average(before: Checkpoint, after: Checkpoint, share: float, path: Path) -> None:
     """Write the mean of two files; what it tells is ``after``'s, and what it was made of.
 
+    A voice's ``model_hash`` names the run whose weights a file has; a mean's are of none.
+
     Raises:
         ValueError: they are of different networks.
         OSError: it cannot be written.
@@ -76,7 +79,8 @@ def average(before: Checkpoint, after: Checkpoint, share: float, path: Path) -> 
     told = "; ".join(f"{name_and_hash(read.path)} * {part:g}" for read, part in parts)
     tensors = mean(before.tensors, after.tensors, share)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(path, tensors, {**after.metadata, MEAN_OF: told})
+    kept = {k: v for k, v in after.metadata.items() if k != MODEL_HASH}
+    save_checkpoint(path, tensors, {**kept, MEAN_OF: told})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -43,6 +43,25 @@ def test_runs_are_drawn(run, tmp_path):
     assert out.read_bytes()[1:4] == b"PNG"
 
 
+def test_panels_are_of_what_was_logged(run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    import plot_training
+
+    drawn = []
+    monkeypatch.setattr(
+        plot_training.plt.Axes, "set_title", lambda _, text, **__: drawn.append(text)
+    )
+    plot_training.draw([run], tmp_path / "without.png")
+    assert len(drawn) == 5  # no F0, no content
+    log = run / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"step": 80, "train/loss_content": 0.5}\n')
+    plot_training.draw([run], tmp_path / "with.png")
+    assert drawn[5:] == [*drawn[:3], "content loss", *drawn[3:5]]
+    log.write_text('{"step": 1, "epoch": 1}\n')
+    with pytest.raises(ValueError, match="no losses in the logs"):
+        plot_training.draw([run], tmp_path / "none.png")
+
+
 @pytest.mark.parametrize("text", [None, "", "{}\n", "no json\n", "[1]\n"])
 def test_what_is_no_log_is_one_line(tmp_path, text):
     if text is not None:

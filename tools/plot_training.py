@@ -2,7 +2,8 @@
 
     python tools/plot_training.py RUN [RUN ...] -o training.png
 
-RUN is a run's folder or its ``metrics.jsonl``. Losses are means of 20 logged steps.
+RUN is a run's folder or its ``metrics.jsonl``. Losses are means of 20 logged steps. What no
+run has logged is left out.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ PANELS = {
     "train/loss_mel": "mel loss, training",
     "validation/mel_l1": "mel distance of held-out clips, spoken as a conversion",
     "train/loss_kl": "KL loss",
+    "train/loss_content": "content loss",
     "train/loss_fm": "feature matching loss",
     "train/loss_d": "discriminator's loss",
     "validation/f0_cents": "F0 of held-out clips, median cents off",
@@ -62,8 +64,19 @@ def curve(rows: Sequence[dict[str, float]], name: str) -> tuple[np.ndarray, np.n
 def draw(runs: Sequence[Path], path: Path) -> None:
     """Write the picture."""
     logs = [read(run) for run in runs]
-    figure, axes = plt.subplots(3, 2, figsize=(11, 9), sharex=True)
-    for axis, (name, title) in zip(axes.flat, PANELS.items(), strict=True):
+    logged = {name for _, rows in logs for row in rows for name in row}
+    panels = {name: title for name, title in PANELS.items() if name in logged}
+    if not panels:
+        raise ValueError(
+            f"no losses in the logs; expected one of {', '.join(PANELS)}: train longer"
+        )
+    height = -(-len(panels) // 2)
+    figure, axes = plt.subplots(
+        height, 2, figsize=(11, 3 * height), sharex=True, squeeze=False
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
         for label, rows in logs:
             steps, values = curve(rows, name)
             marker = "." if name.startswith("validation/") else None
@@ -72,8 +85,9 @@ def draw(runs: Sequence[Path], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    for axis in axes[-1]:
+    for axis in axes.flat[max(len(panels) - 2, 0) : len(panels)]:
         axis.set_xlabel("steps")
+        axis.tick_params(labelbottom=True)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
