@@ -3,8 +3,8 @@
     python benchmarks/benchmark_gpu.py [--only ROW,ROW] [--seconds 30] [--index]
 
 Each network alone, whole conversions from array to array of a short and a long
-recording, many clips together, and the first calls: after loading, at new lengths, and
-at new lengths after ours has been warmed up for that.
+recording, many clips together, and the first calls: after loading, at new lengths, at
+those for the third time, and at new lengths after ours has been warmed up for that.
 The result is written after every row. ``torch.compile`` comes last, as it takes longest.
 """
 
@@ -30,7 +30,7 @@ from rvc_mlx.bench import Timing
 from rvc_mlx.loading import Voice, read_weights
 
 WARM_UPS = 2  # calls before those that are timed
-FIRST_ROWS = ("first", "new-length", "new-length-warm")
+FIRST_ROWS = ("first", "new-length", "new-length-again", "new-length-warm")
 ROWS = (*FIRST_ROWS, "hubert", "rmvpe", "rmvpe-long", "synthesizer")
 ROWS += ("conversion", "conversion-long", "many")
 NEW_LENGTHS = tuple(0.9 - 0.037 * i for i in range(7))  # parts of the usual length
@@ -131,6 +131,7 @@ def first_calls(side: Side, seconds: float, warm: bool) -> dict[str, dict[str, A
         return {**Timing(tuple(times)).as_dict(), "finite": finite}
 
     cells = {"first": timed(side, (1.0,)), "new-length": timed(side, NEW_LENGTHS)}
+    _, cells["new-length-again"] = [timed(side, NEW_LENGTHS) for _ in range(2)]
     start = time.perf_counter()
     if warm and (warmed := side.warmed(seconds)):
         took = time.perf_counter() - start

@@ -17,17 +17,12 @@ def gpu(results: list[Result]) -> str:
     header += tuple(f"{name}, ms" for name in GPU_SIDES)
     header += ("x realtime, best of ours", "speed-up, best against best")
     header += ("fewest runs of a cell",)
-    shown = [
-        result
-        for result in chosen(results, "gpu")
-        if result["sides"]["backend"] in ("cuda", "metal")
-    ]
     rows = [
-        [_machine(result), commit(result, 7), row["row"], row["seconds"]]
+        [*place(result), row["row"], row["seconds"]]
         + [_milliseconds(row["sides"].get(name)) for name in GPU_SIDES]
         + [_ratio(row["seconds"], _best(row, "ours"))]
         + [_ratio(_best(row, "PyTorch"), _best(row, "ours")), _fewest(row)]
-        for result in shown
+        for result in shown_results(results)
         for row in result["rows"]
     ]
     if not rows:
@@ -35,9 +30,19 @@ def gpu(results: list[Result]) -> str:
     return table(header, rows)
 
 
-def _machine(result: Result) -> str:
-    """The GPU, and the host's cores: many of these times are the host's."""
-    return f"{machine(result)}, {result['environment']['cores']} cores"
+def shown_results(results: list[Result]) -> list[Result]:
+    """Those of GPUs."""
+    return [
+        result
+        for result in chosen(results, "gpu")
+        if result["sides"]["backend"] in ("cuda", "metal")
+    ]
+
+
+def place(result: Result) -> tuple[str, str]:
+    """The GPU with the host's cores, for many of these times are the host's; commit."""
+    cores = f"{machine(result)}, {result['environment']['cores']} cores"
+    return cores, commit(result, 7)
 
 
 def _milliseconds(cell: dict | None) -> Any:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import benchmark_gpu as benchmark
 import common
+import gpu_goals
 import gpu_sides
 import gpu_table
 from profile_gpu import RecordingEngine
@@ -192,3 +193,45 @@ def test_the_result_has_its_table_in_the_documents():
     found = [cell.strip() for cell in line.strip("| ").split("|")]
     assert found == [*values, "1200", "2", "1"]
     assert "not measured" in gpu_table.gpu([])
+
+
+def test_goals_are_met_missed_or_not_measured():
+    def cell(median_s):
+        return {"median_s": median_s, "samples_s": [median_s]}
+
+    def row(name, seconds, **sides):
+        named = {"ours": "ours tf32", "half": "ours f16", "theirs": "PyTorch tf32"}
+        named["default"] = "PyTorch default"
+        cells = {named[side]: cell(value) for side, value in sides.items()}
+        return {"row": name, "seconds": seconds, "sides": cells}
+
+    rows = [
+        row("rmvpe", 30.0, ours=0.010, half=0.012),
+        row("hubert", 30.0, ours=0.010, half=0.008, theirs=0.012, default=0.020),
+        row("many", 640.0, half=0.32),
+        row("new-length", 30.0, ours=0.036),
+        row("new-length-again", 30.0, ours=0.030),
+    ]
+    result = {
+        "benchmark": "gpu",
+        "file": "gpu-cuda.json",
+        "sides": {"backend": "cuda"},
+        "environment": {"gpu": "H9000", "cores": 8, "commit": "0123456789"},
+        "rows": rows,
+    }
+    lines = [x for x in gpu_goals.goals([result]).splitlines() if "H9000" in x]
+    told = [[part.strip() for part in line.strip("| ").split("|")] for line in lines]
+    found = {what: (reached, verdict) for *_, what, _, reached, verdict in told}
+    assert found.keys() == {goal.what for goal in gpu_goals.GOALS}
+    asked = {
+        "RMVPE, 30 s, float32: ms": ("10", "met"),
+        "RMVPE, 30 s, half: ms": ("12", "missed"),
+        "RMVPE, 5 minutes: ms": ("-", "not measured"),
+        "HuBERT, float32: times as fast as PyTorch with TF32": ("1.2", "missed"),
+        "HuBERT, half: times as fast as PyTorch's float32 as it comes": ("2.5", "met"),
+        "64 clips of 10 s, half: times real time": ("2000", "met"),
+        "a new length, float32: times its third conversion": ("1.2", "met"),
+        "a new length, half: times its third conversion": ("-", "not measured"),
+    }
+    assert {what: found[what] for what in asked} == asked
+    assert "not measured" in gpu_goals.goals([])

@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import gpu_goals
 import gpu_table
 import tables
 
@@ -43,7 +44,8 @@ activations have the scale of trained ones; time does not depend on the values.
   another benchmark: what waits for the host is slower there than on an idle machine, on
   both sides. Only what a GPU is judged by has rows of an idle one, with 16 cores.
 - There, *first* is the first conversion of a process whose kernels are on disk: another
-  one compiled them.
+  one compiled them. *new-length* is recordings of seven other lengths, *again* the same for
+  the third time, *warm* for the first time after `warm_up`.
 - Differences are absolute. The correlation is shown because others show it: it is
   nearly blind to errors.
 
@@ -62,6 +64,7 @@ SECTIONS = (
     ("File to file: seconds per stage, warm", "benchmark_e2e.py", tables.e2e_stages),
     ("Peak memory by length", "benchmark_e2e.py --memory 5,30,600,3600", tables.memory),
     ("What a GPU is judged by", "benchmark_gpu.py", gpu_table.gpu),
+    ("Goals of a GPU", "benchmark_gpu.py", gpu_goals.goals),
     ("A training step", "benchmark_training.py", tables.training),
     ("Waveforms of real audio", "benchmark_audio_parity.py", tables.audio_parity),
 )
