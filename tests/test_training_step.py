@@ -887,6 +887,16 @@ def test_the_weight_slope_is_the_same_however_items_are_joined(items, rng):
     assert mx.abs(own - expected).max() < 1e-5 * mx.abs(expected).max()
 
 
+def test_the_weight_slope_from_one_channel_to_one(rng):
+    x = mx.array(rng.standard_normal((2, 128, 1)).astype(np.float32))
+    w = mx.zeros((1, 15, 1))
+    back = mx.array(rng.standard_normal((2, 128, 1)).astype(np.float32))
+    expected = mx.vjp(lambda w: mx.conv1d(x, w, 1, 7), [w], [back])[1][0]
+    own = weight_slope(x, back, 15, 1, 7)
+    assert own.shape == w.shape
+    assert mx.abs(own - expected).max() < 1e-5 * mx.abs(expected).max()
+
+
 def test_unknown_formulations_are_refused():
     with pytest.raises(ValueError, match="plain convolutions 'windowed'"):
         Convolutions(plain="windowed")

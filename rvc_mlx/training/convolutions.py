@@ -299,6 +299,10 @@ def weight_slope(
         (signals, blocks, length, width),
         (B // signals * rows * width, dilation * width, width, 1),
     )
+    if outputs == width == 1:
+        # MLX's product of a matrix and a vector reads four numbers at once where the first
+        # of a batch lies at a multiple of four, and on CUDA fails where the next does not.
+        left, views = mx.contiguous(left), mx.contiguous(views)
     slope = (left @ views).sum(axis=0).swapaxes(0, 1)  # [O, blocks, stride * C]
     return slope.reshape(outputs, blocks * stride, C)[:, :taps]
 
