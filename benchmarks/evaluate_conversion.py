@@ -37,8 +37,9 @@ def _add_targets(made: argparse.ArgumentParser) -> None:
         "targets; lists hold one value each, or one for all"
     )
     group.add_argument(
-        "--voices", nargs="+", metavar="FILE", help="voices to convert to"
-    )
+        "--voices", nargs="+", metavar="VOICE",
+        help="to convert to: files, or names of bundled ones",
+    )  # fmt: skip
     group.add_argument(
         "--converted", nargs="+", metavar="DIR", help="conversions made before"
     )

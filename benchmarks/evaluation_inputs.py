@@ -12,6 +12,7 @@ from judge_words import plain_text
 from judging import Recording
 
 from rvc_mlx.batch import AUDIO_SUFFIXES
+from rvc_mlx.bundled_models import choose_voice
 from rvc_mlx.options import ConversionOptions
 
 NONE = "none"
@@ -166,7 +167,7 @@ def collect_targets(arguments: argparse.Namespace) -> list[Target]:
 
     Raises:
         ValueError: none, or lists of unequal length.
-        FileNotFoundError: recordings of a speaker are not there.
+        FileNotFoundError: a voice, an index or recordings of a speaker are not there.
     """
     places = _places(arguments)
     lists = [
@@ -178,13 +179,23 @@ def collect_targets(arguments: argparse.Namespace) -> list[Target]:
         found = []
         if spoken != NONE:
             found = sound_files(Path(spoken), arguments.references_limit)
+        shift = _pitch(pitch, bool(found), name)
+        voice, converted = place
+        its_index = None if index == NONE else Path(index)
+        if voice is not None:
+            voice, its_index = choose_voice(voice, its_index)
+        if its_index is not None and not its_index.is_file():
+            raise FileNotFoundError(
+                f"{its_index}: no such index; give a file, or '{NONE}' for none"
+            )
         targets.append(
             Target(
                 name,
-                *place,
-                index=None if index == NONE else Path(index),
+                voice,
+                converted,
+                index=its_index,
                 references=tuple(Recording(file) for file in found),
-                pitch=_pitch(pitch, bool(found), name),
+                pitch=shift,
             )
         )
     return targets

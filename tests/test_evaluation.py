@@ -24,6 +24,7 @@ import make_anchors
 from judging import Case, Judge, Missing, NoReadingError, Recording, mean_values
 
 from rvc_mlx.audio_io import save_audio
+from rvc_mlx.bundled_models import bundled_index, bundled_voice
 
 RATE = 16000
 
@@ -428,6 +429,21 @@ def test_targets_that_do_not_fit(words, message):
     arguments = evaluate_conversion.build_parser().parse_args(["clip.wav", *words])
     with pytest.raises(ValueError, match=message):
         evaluation_inputs.collect_targets(arguments)
+
+
+def test_bundled_voices_go_by_name_and_what_is_missing_is_told_at_once(tmp_path):
+    def targets(*words):
+        arguments = evaluate_conversion.build_parser().parse_args(["a.wav", *words])
+        return evaluation_inputs.collect_targets(arguments)
+
+    first, second = targets("--voices", "slt", "rms", "--index", "slt", "none")
+    assert (first.name, first.voice) == ("slt", bundled_voice("slt"))
+    assert (first.index, second.index) == (bundled_index("slt"), None)
+    with pytest.raises(FileNotFoundError, match="bob: there is no such file"):
+        targets("--voices", "slt", "bob")
+    absent = tmp_path / "x.index"
+    with pytest.raises(FileNotFoundError, match="no such index"):
+        targets("--voices", "slt", "--index", str(absent))
 
 
 def test_options_of_the_conversion():
