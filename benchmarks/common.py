@@ -216,6 +216,20 @@ def shown(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
+def verdict(value: float | None, sign: str, goal: float) -> str:
+    """``met``, ``missed`` or, for None, ``not measured``.
+
+    Args:
+        value: the figure.
+        sign: ``"<="`` or ``">="``.
+        goal: its limit.
+    """
+    if value is None:
+        return "not measured"
+    met = value <= goal if sign == "<=" else value >= goal
+    return "met" if met else "missed"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A markdown table, padded so that a terminal shows it, too."""
     cells = [list(header), *[[shown(value) for value in row] for row in rows]]

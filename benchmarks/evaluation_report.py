@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common import table
+from common import table, verdict
 from judging import is_figure
 
 
@@ -32,10 +32,7 @@ class Shown(NamedTuple):
         """``met``, ``missed``, ``not measured``, or nothing without a goal."""
         if not self.sign:
             return ""
-        if not is_figure(value):
-            return "not measured"
-        met = value <= self.goal if self.sign == "<=" else value >= self.goal
-        return "met" if met else "missed"
+        return verdict(value if is_figure(value) else None, self.sign, self.goal)
 
 
 SUMMARY = (

@@ -20,14 +20,17 @@ def gpu(results: list[Result]) -> str:
     rows = [
         [*place(result), row["row"], row["seconds"]]
         + [_milliseconds(row["sides"].get(name)) for name in GPU_SIDES]
-        + [_ratio(row["seconds"], _best(row, "ours"))]
-        + [_ratio(_best(row, "PyTorch"), _best(row, "ours")), _fewest(row)]
+        + [ratio(row["seconds"], _best(row, "ours"))]
+        + [ratio(_best(row, "PyTorch"), _best(row, "ours")), _fewest(row)]
         for result in shown_results(results)
         for row in result["rows"]
     ]
-    if not rows:
-        rows = [["-", *["not measured"] * (len(header) - 1)]]
-    return table(header, rows)
+    return table_of_gpus(header, rows)
+
+
+def table_of_gpus(header: tuple[str, ...], rows: list) -> str:
+    """The table, or one that says that nobody has measured a GPU."""
+    return table(header, rows or [["-", *["not measured"] * (len(header) - 1)]])
 
 
 def shown_results(results: list[Result]) -> list[Result]:
@@ -65,5 +68,6 @@ def _best(row: dict, program: str) -> float | None:
     return min(times, default=None)
 
 
-def _ratio(above: float | None, below: float | None) -> float | None:
+def ratio(above: float | None, below: float | None) -> float | None:
+    """``above / below``; None where one of them is missing."""
     return above / below if above and below else None

@@ -74,9 +74,10 @@ def draw(runs: Sequence[Path], path: Path) -> None:
     figure, axes = plt.subplots(
         height, 2, figsize=(11, 3 * height), sharex=True, squeeze=False
     )
-    for axis in axes.flat[len(panels) :]:
+    used, unused = axes.flat[: len(panels)], axes.flat[len(panels) :]
+    for axis in unused:
         axis.set_axis_off()
-    for axis, (name, title) in zip(axes.flat, panels.items(), strict=False):
+    for axis, (name, title) in zip(used, panels.items(), strict=True):
         for label, rows in logs:
             steps, values = curve(rows, name)
             marker = "." if name.startswith("validation/") else None
@@ -85,7 +86,7 @@ def draw(runs: Sequence[Path], path: Path) -> None:
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0, 0].legend()
-    for axis in axes.flat[max(len(panels) - 2, 0) : len(panels)]:
+    for axis in used[-2:]:
         axis.set_xlabel("steps")
         axis.tick_params(labelbottom=True)
     figure.tight_layout()
