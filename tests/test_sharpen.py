@@ -1,0 +1,276 @@
+"""A voice whose latent varies more: what is folded, and into what."""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+from stand_ins import write_stand_ins
+
+from recipes import bundle, sharpen
+from recipes.sharpen import BIAS, SHARPENED, WEIGHT, latents, main
+from rvc_mlx import ConversionOptions, load
+from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
+from rvc_mlx.engine import choose_engine
+from rvc_mlx.loading import Voice, read_weights
+
+FRAMES = 80
+
+
+@pytest.fixture(scope="module")
+def recordings(speech, tmp_path_factory):
+    """A folder with two clips, one of them further below."""
+    folder = tmp_path_factory.mktemp("recordings")
+    (folder / "more").mkdir()
+    for name, clip in (("a", speech[:16000]), ("more/b", speech[16000:40000])):
+        soundfile.write(folder / f"{name}.wav", clip, 16000, "FLOAT")
+    (folder / "notes.txt").write_text("no sound")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def make_voice(small_models, tmp_path_factory):
+    """Writes the small voice with metadata; its weights of a type, others in place."""
+
+    def make(dtype=np.float32, **tensors):
+        read = read_checkpoint(small_models.voice)
+        path = tmp_path_factory.mktemp("voice") / "voice.safetensors"
+        told = {**read.metadata, "kind": "voice", "step": 7, "model_hash": "of a run"}
+        values = {k: v.astype(dtype) for k, v in read.tensors.items()} | tensors
+        kept = {name: value for name, value in values.items() if value is not None}
+        save_checkpoint(path, kept, told)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def run(small_models, recordings):
+    """Runs the command on a voice; other values for some options may be given."""
+
+    def call(voice, export, folder=recordings, **others):
+        given = {"encoder": small_models.encoder, "rmvpe": small_models.rmvpe}
+        given |= {"export": export, "device": "cpu", **others}
+        options = [
+            word for name, value in given.items() for word in (f"--{name}", value)
+        ]
+        return main(list(map(str, [voice, folder, *options])))
+
+    return call
+
+
+@pytest.fixture
+def converter(make_voice, small_models):
+    return load(
+        make_voice(),
+        encoder=small_models.encoder,
+        rmvpe=small_models.rmvpe,
+        device="cpu",
+        precision="f32",
+    )
+
+
+def observed_latents(converter, audio):
+    """What a conversion's prior gives, without the second of context at both ends."""
+    prior, found = converter.voice.prior, []
+
+    def start(*arrays):
+        found.append(prior.start(*arrays))
+        return found[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converter.voice, "prior", SimpleNamespace(start=start))
+        converter.convert(audio, 16000)
+    [z] = found
+    return z[0, 100 : 100 + len(audio) // 160 + 1]
+
+
+def test_latents_are_those_of_a_conversion(converter, speech):
+    for audio in (speech[:16000], speech[:20077]):
+        [z] = latents(converter, audio, ConversionOptions())
+        assert np.array_equal(z, observed_latents(converter, audio))
+
+
+def test_latents_of_a_long_recording_leave_its_context_out(converter, speech):
+    options = ConversionOptions(x_max=2, x_center=2, x_query=1)
+    parts = list(latents(converter, speech[:64000], options))
+    assert len(parts) > 1
+    assert sum(map(len, parts)) == 64000 // 160 + 1
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.5])
+def test_a_sharpened_voice_speaks_as_the_voice_with_a_sharper_latent(
+    run, make_voice, converter, recordings, tmp_path, rng, factor
+):
+    before, after = make_voice(), tmp_path / "new" / "sharp.safetensors"
+    assert run(before, after, factor=factor) == 0
+    clips = [soundfile.read(p, dtype="float32")[0] for p in recordings.rglob("*.wav")]
+    seen = np.concatenate([observed_latents(converter, clip) for clip in clips])
+    mean = seen.mean(axis=0)
+    assert np.abs(mean).max() > 0.1  # or the bias would hardly matter
+    engine = choose_engine("mlx-cpu", "f32")
+    one, other = (
+        Voice(read_weights(path, "voice"), engine) for path in (before, after)
+    )
+    U, context = one.config.samples_per_frame, one.context
+    source = 0.1 * rng.standard_normal((1, FRAMES * U, 1), np.float32)
+    speaker, z = one.speakers[:1][None], seen[None, :FRAMES]
+    sharper = (mean + factor * (z - mean)).astype(np.float32)
+    inner = slice(context * U, (FRAMES - context) * U)
+    expected = one.vocoder(sharper, speaker, source)[0, inner]
+    found = other.vocoder(z, speaker, source)[0, inner]
+    unchanged = one.vocoder(z, speaker, source)[0, inner]
+    # Float32, through some thirty layers.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert np.abs(found - unchanged).max() > 1e-3
+
+
+def test_a_factor_of_one_changes_nothing(run, make_voice, tmp_path):
+    before, after = make_voice(np.float16), tmp_path / "same.safetensors"
+    assert run(before, after, factor=1) == 0
+    old, new = (read_checkpoint(path).tensors for path in (before, after))
+    assert old.keys() == new.keys()
+    for name, value in new.items():
+        assert value.dtype == np.float16
+        assert np.array_equal(value, old[name])
+
+
+def test_only_the_first_layer_changes_and_its_type_stays(run, make_voice, tmp_path):
+    before, after = make_voice(np.float16), tmp_path / "sharp.safetensors"
+    assert run(before, after) == 0
+    old, new = (read_checkpoint(path).tensors for path in (before, after))
+    changed = {name for name in old if not np.array_equal(old[name], new[name])}
+    assert changed == {WEIGHT, BIAS}
+    assert {value.dtype for value in new.values()} == {np.dtype(np.float16)}
+    wanted = 1.1 * old[WEIGHT].astype(float)
+    # Half a step of float16: of its 11 bits, or of its smallest numbers.
+    np.testing.assert_allclose(new[WEIGHT], wanted, rtol=2**-11, atol=2**-25)
+
+
+def test_a_sharpened_voice_tells_what_it_was_made_from(run, make_voice, tmp_path):
+    before = make_voice()
+    once, twice = (tmp_path / f"{name}.safetensors" for name in ("once", "twice"))
+    assert run(before, once, factor=1.25) == 0
+    assert run(once, twice, limit=1) == 0
+    known = read_checkpoint(before).metadata
+    del known["model_hash"]
+    first, second = (read_checkpoint(path).metadata for path in (once, twice))
+    line = f"voice.safetensors (sha256 {hash_file(before)}) * 1.25"
+    assert first == {**known, SHARPENED: line}
+    told = f"once.safetensors (sha256 {hash_file(once)}) * 1.1; {line}"
+    assert second == {**known, SHARPENED: told}
+
+
+def test_the_same_seed_gives_the_same_weights(run, make_voice, tmp_path):
+    voice, biases = make_voice(), []
+    for number, seed in enumerate((0, 0, 1)):
+        path = tmp_path / f"{number}.safetensors"
+        assert run(voice, path, seed=seed) == 0
+        biases.append(read_checkpoint(path).tensors[BIAS])
+    assert np.array_equal(biases[0], biases[1])
+    assert not np.array_equal(biases[0], biases[2])
+
+
+def test_recordings_are_chosen_evenly(tmp_path):
+    for number in range(10):
+        (tmp_path / f"{number}.ogg").touch()
+    for limit, wanted in ((1, "0"), (4, "0369"), (40, "0123456789")):
+        found = sharpen.recordings_of(tmp_path, limit)
+        assert "".join(path.stem for path in found) == wanted
+
+
+def refused(run, caplog, export, message, voice, **others):
+    """Exit code 1, one line, and nothing written."""
+    assert run(voice, export, **others) == 1
+    [line] = [r.getMessage() for r in caplog.records if r.name == "recipes"]
+    assert re.search(message, line)
+    assert "\n" not in line
+    assert not export.exists()
+
+
+@pytest.mark.parametrize("factor", ["nan", "inf", "0", "-1", "0.4", "2.1"])
+def test_a_factor_that_makes_no_sense_is_refused(
+    run, make_voice, tmp_path, caplog, factor
+):
+    message = f"--factor {factor}; expected 0.5 to 2"
+    refused(
+        run, caplog, tmp_path / "x.safetensors", message, make_voice(), factor=factor
+    )
+
+
+def test_wrong_options_and_files_are_refused(
+    run, make_voice, small_models, tmp_path, caplog
+):
+    voice, export = make_voice(), tmp_path / "x.safetensors"
+    empty, short = tmp_path / "empty", tmp_path / "short"
+    empty.mkdir()
+    short.mkdir()
+    soundfile.write(short / "click.wav", np.zeros(80), 16000)
+    for message, others in (
+        ("--limit 0; expected 1", {"limit": 0}),
+        ("seed is -1; expected 0", {"seed": -1}),
+        ("empty: no sound files", {"folder": empty}),
+        (r"click\.wav: the recording is 5\.0 ms long", {"folder": short}),
+        ("nowhere: no sound files", {"folder": tmp_path / "nowhere"}),
+        ("this is an RVC voice; expected an RMVPE", {"rmvpe": voice}),
+        ("there is no such file", {"voice": tmp_path / "none.safetensors"}),
+        ("expected an RVC voice", {"voice": small_models.rmvpe}),
+    ):
+        caplog.clear()
+        refused(run, caplog, export, message, **{"voice": voice, **others})
+    caplog.clear()
+    refused(run, caplog, tmp_path / "x.pth", r"x\.pth; expected a \.safe", voice)
+
+
+def test_the_voice_itself_is_not_replaced(run, make_voice, caplog):
+    voice = make_voice()
+    before = voice.read_bytes()
+    assert run(voice, voice.parent / "." / ".." / voice.parent.name / voice.name) == 1
+    assert "is the voice itself" in caplog.text
+    assert voice.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (f"{WEIGHT}_g", f"{WEIGHT}_v"),
+        tuple(
+            f"dec.conv_pre.parametrizations.weight.original{number}"
+            for number in (0, 1)
+        ),
+    ],
+)
+def test_a_first_layer_in_two_parts_is_refused(
+    run, make_voice, tmp_path, caplog, parts
+):
+    shapes = (64, 1, 1), (64, 64, 7)
+    two = {name: np.ones(s, np.float32) for name, s in zip(parts, shapes, strict=True)}
+    voice = make_voice(**{WEIGHT: None}, **two)
+    message = "no dec.conv_pre.weight; .*extract the voice first"
+    refused(run, caplog, tmp_path / "x.safetensors", message, voice)
+
+
+def test_a_weight_beyond_its_type_is_refused(run, make_voice, tmp_path, caplog):
+    read = read_checkpoint(make_voice(np.float16)).tensors[WEIGHT]
+    large = read.copy()
+    large[0, 0, 0] = 6.4e4
+    voice = make_voice(np.float16, **{WEIGHT: large})
+    message = "dec.conv_pre.weight: 7.04e.04 does not fit float16"
+    refused(run, caplog, tmp_path / "x.safetensors", message, voice)
+
+
+def test_a_sharpened_voice_is_bundled_from_its_run(run, recordings, tmp_path):
+    made = write_stand_ins(tmp_path / "made")
+    sharp = made.slt / "sharp.safetensors"
+    networks = {"encoder": made.encoder, "rmvpe": made.rmvpe}
+    assert run(made.slt / "slt.safetensors", sharp, **networks) == 0
+    words = ["--voice", f"slt={sharp}", "--voice", f"rms={made.rms}"]
+    for name in ("encoder", "rmvpe", "recordings"):
+        words += [f"--{name}", str(getattr(made, name))]
+    assert bundle.main([*words, "--into", str(tmp_path / "into")]) == 0
+    bundled = read_checkpoint(tmp_path / "into" / "slt.safetensors")
+    digest = hash_file(made.slt / "slt.safetensors")
+    assert bundled.metadata[SHARPENED] == f"slt.safetensors (sha256 {digest}) * 1.1"
+    tensors = read_checkpoint(sharp).tensors
+    assert np.array_equal(bundled.tensors[WEIGHT], tensors[WEIGHT])
