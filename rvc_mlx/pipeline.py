@@ -140,8 +140,8 @@ class VoiceConverter:
         options = options or ConversionOptions()
         lengths = [n for n in _warm_up_lengths(seconds) for _ in range(2)]
         if not self.encoder.batch_frames:  # the host computes, with one model for all
-            lengths = lengths[-1:]
-        noise = np.random.default_rng(0).standard_normal(lengths[0], np.float32) / 10
+            lengths = lengths[:1]
+        noise = np.random.default_rng(0).standard_normal(lengths[-1], np.float32) / 10
         for length in lengths:
             self.convert(noise[:length], SAMPLE_RATE, options)
 
@@ -398,13 +398,17 @@ def _finishing(job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Conversion]:
 
 
 def _warm_up_lengths(seconds: float) -> list[int]:
-    """Samples at 16 kHz of recordings up to this length, the longest first."""
+    """Samples at 16 kHz of recordings up to this length, the longest last.
+
+    A GPU's memory is kept for arrays of the same sizes, as much as there may be; the oldest
+    of it goes first, and the longest recordings' takes longest to get anew.
+    """
     lengths = []
     while seconds > _SHORTEST_WARM_UP:
         lengths.append(round(seconds * SAMPLE_RATE))
         step = max(_WARM_UP_SHARE * seconds, _WARM_UP_LEAST)
         seconds -= min(step, _WARM_UP_STEP)
-    return [*lengths, round(_SHORTEST_WARM_UP * SAMPLE_RATE)]
+    return [round(_SHORTEST_WARM_UP * SAMPLE_RATE), *reversed(lengths)]
 
 
 def _numbered(number: int, error: ValueError) -> ValueError:
