@@ -78,6 +78,11 @@ def _add_conversion(made: argparse.ArgumentParser) -> None:
         "--option", action="append", default=[], metavar="NAME=VALUE",
         help="of the conversion, as index_rate=0; can be repeated",
     )  # fmt: skip
+    group.add_argument(
+        "--seeds", type=int, default=1, metavar="N",
+        help="convert each clip so often, with other noise; figures are of all "
+        "(default: 1)",
+    )  # fmt: skip
 
 
 def _add_judging(made: argparse.ArgumentParser) -> None:
@@ -136,6 +141,7 @@ def judge_clip(
             raise ValueError(f"{clip}: {error}") from error
     return {
         "source": source.path.stem,
+        "seed": output.seed,
         "semitones": output.semitones,
         "conversion_s": output.seconds,
         "judged": judged,
@@ -145,13 +151,14 @@ def judge_clip(
 def judge_target(
     judges: Sequence[Judge],
     target: Target,
-    outputs: Mapping[Recording, Output],
+    outputs: Mapping[Recording, Sequence[Output]],
     heard: Heard,
 ) -> dict[str, Any]:
-    """Figures of one target: its files, its summary, and its clips."""
+    """Figures of one target: its files, its summary, and its clips with every seed."""
     clips = [
         judge_clip(judges, source, target, output, heard)
-        for source, output in outputs.items()
+        for source, made in outputs.items()
+        for output in made
     ]
     return {
         "name": target.name,
@@ -198,15 +205,15 @@ def _wanted(
 def _draw_page(
     path: Path,
     sources: Sequence[Recording],
-    outputs: Mapping[str, Mapping[Recording, Output]],
+    outputs: Mapping[str, Mapping[Recording, Sequence[Output]]],
 ) -> str:
-    """Draw the page; returns its name, or "" where there is nothing to draw."""
+    """Draw the page, of the first seed; returns its name, or "" if there is nothing."""
     if not sources:
         return ""
     measured = not PITCH.missing_tools()
     rows = []
     for source in sources:
-        made = {name: found[source] for name, found in outputs.items()}
+        made = {name: found[source][0] for name, found in outputs.items()}
         shown = {name: (one.recording, one.semitones) for name, one in made.items()}
         rows.append(panels_of(source, shown, measured))
     draw_page(path, rows)
@@ -219,6 +226,7 @@ def _inputs(arguments: argparse.Namespace) -> dict[str, Any]:
     models = {"encoder": arguments.encoder, "rmvpe": arguments.rmvpe}
     return {
         "options": parse_options(arguments.option),
+        "seeds": arguments.seeds,
         "device_asked": arguments.device,
         "precision_asked": arguments.precision,
         "models": {kind: Path(file).name for kind, file in models.items() if file},
@@ -234,14 +242,19 @@ def evaluate(
     heard: Heard = {}
     if fitted := [target for target in targets if target.pitch is None]:
         heard = observe_all(_wanted([PITCH], sources, fitted), arguments.workers)
-    outputs: dict[str, dict[Recording, Output]] = {}
+    outputs: dict[str, dict[Recording, list[Output]]] = {}
     devices = {}
     for target in targets:
         shifts = {source: pitch_shift(target, source, heard) for source in sources}
         outputs[target.name], devices[target.name] = convert_one(
             target, sources, shifts, audio, arguments
         )
-    results = [one.recording for found in outputs.values() for one in found.values()]
+    results = [
+        one.recording
+        for found in outputs.values()
+        for made in found.values()
+        for one in made
+    ]
     print(f"judging {len(results)} conversions by {len(judges)} judges", flush=True)
     wanted = _wanted(judges, [*sources, *results], targets)
     heard = observe_all(wanted, arguments.workers, heard)
@@ -271,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         judges = chosen_judges(arguments.judges)
         parse_options(arguments.option)
+        if arguments.seeds < 1:
+            raise ValueError(f"--seeds {arguments.seeds}; expected 1 or more")
         if "auto" in arguments.pitch:
             require_tools([PITCH])
     except ValueError as error:

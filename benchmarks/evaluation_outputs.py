@@ -25,12 +25,14 @@ class Output(NamedTuple):
     Attributes:
         recording: the result.
         semitones: the shift of the pitch.
+        seed: of the noise; None for one that was made before.
         seconds: what it took; None for one that was made before.
         joins: where pieces meet, seconds; None for one that was made before.
     """
 
     recording: Recording
     semitones: float
+    seed: int | None
     seconds: float | None
     joins: tuple[float, ...] | None
 
@@ -78,32 +80,38 @@ def convert_one(
     shifts: Mapping[Recording, float],
     folder: Path,
     arguments: argparse.Namespace,
-) -> tuple[dict[Recording, Output], str]:
+) -> tuple[dict[Recording, list[Output]], str]:
     """Every source into one target, as float wavs in a folder of its name.
 
+    Those with further seeds are in folders called ``NAME-seed-1`` and so on.
+
     Returns:
-        The conversions by source, and what computed them, in words.
+        The conversions of each source, one for each seed, and what computed them, in words.
 
     Raises:
         ValueError: the models or an option do not fit.
         OSError: a file is missing or cannot be read or written.
     """
-    outputs: dict[Recording, Output] = {}
+    outputs: dict[Recording, list[Output]] = {source: [] for source in sources}
     if target.converted is not None:
         for source in sources:
             made = Recording(converted_file(target.converted, source))
-            outputs[source] = Output(made, shifts[source], None, None)
+            outputs[source].append(Output(made, shifts[source], None, None, None))
         return outputs, "converted before"
     converter = _converter(target, arguments)
     options = parse_options(arguments.option)
-    (folder / target.name).mkdir(parents=True, exist_ok=True)
-    for number, source in enumerate(sources, 1):
-        path = folder / target.name / f"{source.path.stem}.wav"
-        start = time.perf_counter()
-        wanted = ConversionOptions(pitch=shifts[source], **options)
-        report = converter.convert_file(source.path, path, wanted, subtype="FLOAT")
-        seconds = time.perf_counter() - start
-        joins = tuple(report.joins)
-        outputs[source] = Output(Recording(path), shifts[source], seconds, joins)
-        print(f"{target.name}: {number}/{len(sources)} {source.path.name}", flush=True)
+    first = options.pop("seed", 0)
+    for seed in range(first, first + arguments.seeds):
+        name = target.name if seed == first else f"{target.name}-seed-{seed}"
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number, source in enumerate(sources, 1):
+            path = folder / name / f"{source.path.stem}.wav"
+            start = time.perf_counter()
+            wanted = ConversionOptions(pitch=shifts[source], seed=seed, **options)
+            report = converter.convert_file(source.path, path, wanted, subtype="FLOAT")
+            seconds = time.perf_counter() - start
+            joins = tuple(report.joins)
+            made = Output(Recording(path), shifts[source], seed, seconds, joins)
+            outputs[source].append(made)
+            print(f"{name}: {number}/{len(sources)} {source.path.name}", flush=True)
     return outputs, f"{converter.device}, {converter.precision}"

@@ -116,13 +116,26 @@ def clips_table(voices: Sequence[dict[str, Any]]) -> str:
         for shown in CLIP_COLUMNS
         if any(_found(clip["judged"], shown) is not None for clip in clips)
     ]
+    facts = ("seed", "semitones") if seeds_of(voices) > 1 else ("semitones",)
     rows = [
-        [clip["source"], voice["name"], table_cell(clip["semitones"])]
+        [clip["source"], voice["name"], *(table_cell(clip.get(fact)) for fact in facts)]
         + [table_cell(_found(clip["judged"], shown)) for shown in columns]
         for voice in voices
         for clip in voice["clips"]
     ]
-    return table(("clip", "voice", "shift", *(s.label for s in columns)), rows)
+    return table(("clip", "voice", *facts, *(s.label for s in columns)), rows)
+
+
+def seeds_of(voices: Sequence[dict[str, Any]]) -> int:
+    """How often each clip was converted, with other noise."""
+    return len({clip.get("seed") for voice in voices for clip in voice["clips"]})
+
+
+def clips_told(facts: Mapping[str, Any]) -> str:
+    """How many clips there are, and how often each was converted."""
+    seeds = seeds_of(facts["voices"])
+    told = f", each with {seeds} seeds of the noise" if seeds > 1 else ""
+    return f"{len(facts['sources'])} clips{told}"
 
 
 def notes(voices: Sequence[dict[str, Any]]) -> list[str]:
@@ -144,7 +157,7 @@ class Reached(NamedTuple):
         voice: its name.
         shown: the goal.
         value: the figure, or None.
-        clips: how many it is made of.
+        clips: how many conversions it is made of.
     """
 
     voice: str
@@ -174,7 +187,7 @@ def goals(voices: Sequence[dict[str, Any]]) -> list[Reached]:
 
 
 def goals_table(voices: Sequence[dict[str, Any]]) -> str:
-    """A line per voice and goal: target, reached, over how many clips, verdict."""
+    """A line per voice and goal: target, reached, over how many conversions, verdict."""
     rows = [
         [
             row.voice,
@@ -187,7 +200,7 @@ def goals_table(voices: Sequence[dict[str, Any]]) -> str:
         for voice in voices
         for row in goals([voice])
     ]
-    return table(("voice", "goal", "target", "reached", "clips", "verdict"), rows)
+    return table(("voice", "goal", "target", "reached", "conversions", "verdict"), rows)
 
 
 def missed_goals(voices: Sequence[dict[str, Any]]) -> list[str]:
@@ -205,7 +218,7 @@ def write_report(path: Path, facts: dict[str, Any], picture: str) -> str:
     voices = facts["voices"]
     parts = [
         f"# Evaluation: {facts['label']}",
-        f"{len(facts['sources'])} clips, judged by {', '.join(facts['judges'])}. "
+        f"{clips_told(facts)}, judged by {', '.join(facts['judges'])}. "
         "What the figures mean: docs/EVALUATION.md.",
         *([goals_table(voices)] if goals(voices) else []),
         summary_table(voices),

@@ -69,7 +69,9 @@ def _voices(
         if name not in hashes:
             raise ValueError(f"{path}: judges {name}, which is not to be bundled")
         _require(path, voice["files"]["voice"], hashes[name])
-        found[name] = {"clips": len(voice["clips"]), **voice["summary"]}
+        clips = {clip["source"] for clip in voice["clips"]}
+        counts = {"clips": len(clips), "conversions": len(voice["clips"])}
+        found[name] = {**counts, **voice["summary"]}
     return found
 
 

@@ -6,14 +6,15 @@
 # CORPUS: folder with content, content-test, pitch-test and recordings; CLIPS: folder with
 # natural, mapped, flite and own (recipes/README.md, steps 1 to 5 and 11). ENCODER has its
 # .head.safetensors beside it. PYTHON names the interpreter, DEVICE the device of the
-# conversions, RESULTS another folder for the results, AUDIO one to keep the conversions.
+# conversions, SEEDS how often each clip is converted (3), RESULTS another folder for the
+# results, AUDIO one to keep the conversions.
 set -euo pipefail
 if [ $# -ne 6 ] && [ $# -ne 8 ]; then
   sed -n '4p' "$0" | sed 's/^#  */usage: /' >&2
   exit 2
 fi
 corpus=$1 clips=$2 encoder=$3 rmvpe=$4 slt=$5 rms=$6 slt_index=${7:-none} rms_index=${8:-none}
-python=${PYTHON:-python3} device=${DEVICE:-auto}
+python=${PYTHON:-python3} device=${DEVICE:-auto} seeds=${SEEDS:-3}
 results=${RESULTS:-benchmarks/results/evaluation}
 for file in "$encoder" "${encoder%.*}.head.safetensors" "$rmvpe" "$slt" "$rms" \
   "$slt_index" "$rms_index" "$corpus"/{content,content-test,pitch-test,recordings/{slt,rms}} \
@@ -36,7 +37,7 @@ convert() { # label, set of clips, options
   shift 2
   step "$label" "$python" benchmarks/evaluate_conversion.py "$clips/$set" --label "$label" \
     --transcripts "$clips/$set/transcripts.txt" --pitch auto --encoder "$encoder" \
-    --rmvpe "$rmvpe" --device "$device" --output "$results" "$@"
+    --rmvpe "$rmvpe" --device "$device" --seeds "$seeds" --output "$results" "$@"
 }
 both=(--voices "$slt" "$rms" --names slt rms --index "$slt_index" "$rms_index"
   --references "$corpus/recordings/slt" "$corpus/recordings/rms")

@@ -504,14 +504,23 @@ def test_a_voice_is_converted_and_judged(small_models, tmp_path, capsys):
     words += ["--rmvpe", str(small_models.rmvpe), "--device", "cpu", "--pictured", "0"]
     words += ["--judges", "loudness", "--audio", str(tmp_path / "made")]
     words += ["--output", str(tmp_path), "--option", "index_rate=0.5"]
+    words += ["--option", "seed=4", "--seeds", "2"]
     assert evaluate_conversion.main(words) == 0
     facts = json.loads((tmp_path / "conversion.json").read_text())
     [voice] = facts["voices"]
+    assert [clip["seed"] for clip in voice["clips"]] == [4, 5]
+    judged = [clip["judged"]["loudness"]["loudness_gap"] for clip in voice["clips"]]
+    assert judged[0] != judged[1]
+    assert voice["summary"]["loudness"]["loudness_gap"] == pytest.approx(
+        np.mean(judged)
+    )
+    assert "each with 2 seeds" in (tmp_path / "conversion.md").read_text()
     assert voice["files"]["voice"]["file"] == small_models.voice.name
     assert voice["clips"][0]["semitones"] == 3
     assert voice["clips"][0]["conversion_s"] > 0
-    assert facts["options"] == {"index_rate": 0.5}
-    assert list((tmp_path / "made").rglob("*.wav"))
+    assert facts["options"] == {"index_rate": 0.5, "seed": 4}
+    assert facts["seeds"] == 2
+    assert len(list((tmp_path / "made").rglob("*.wav"))) == 2
     assert not list(tmp_path.glob("*.png"))
 
 

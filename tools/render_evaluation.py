@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from common import table
-from evaluation_report import goals_table, notes, summary_table
+from evaluation_report import clips_told, goals_table, notes, summary_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN = "<!-- results: made by tools/render_evaluation.py; do not edit -->\n"
@@ -83,7 +83,7 @@ def conversion(result: Result) -> list[str]:
     files = [f["file"] for voice in result["voices"] for f in voice["files"].values()]
     parts = [
         f"### Conversions: {result['label']}",
-        f"{len(result['sources'])} clips"
+        clips_told(result)
         + (f"; {', '.join(files)}" if files else "")
         + f"; judged by {', '.join(result['judges'])}.",
         *([goals_table(result["voices"])] if files else []),
