@@ -1,14 +1,16 @@
-"""A voice whose latent varies more: ``python -m recipes.sharpen VOICE RECORDINGS``.
-
-A voice that was trained on its own prior speaks the mean where it is uncertain, so its
-spectra are too smooth. Statistical synthesis gives the speech back its global variance
-(Toda & Tokuda 2007, IEICE Trans. E90-D). So does this: the deviations of the latent from
-its mean become FACTOR times as large.
+"""A voice with less noise and a wider latent: ``python -m recipes.sharpen VOICE RECORDINGS``.
 
     python -m recipes.sharpen VOICE RECORDINGS --encoder E --rmvpe R --export SHARPENED
 
-That goes into the vocoder's first layer, a convolution, so it costs nothing in a
-conversion: ``W (mean + factor (z - mean)) + b = (factor W) z + (b + (1 - factor) W mean)``.
+A vocoder that learnt from noisy latents takes a part of every deviation from the mean for
+noise, and answers with less: its spectra are too smooth. Statistical synthesis knows that,
+and gives speech its global variance back (Toda & Tokuda 2007, IEICE Trans. E90-D). Here the
+prior's noise becomes ``--noise`` times as large, and what is left of the latent deviates
+``--factor`` times as much.
+
+Both go into weights, so they cost nothing in a conversion. The logarithm of the noise's size
+comes out of the text encoder's last layer: its bias is moved. The vocoder's first layer is a
+convolution: ``W (mean + factor (z - mean)) + b = (factor W) z + (b + (1 - factor) W mean)``.
 At the ends of what the vocoder is given, within half a kernel, the convolution reads zeros
 instead of ``z``, and there it is not the same; a conversion here has context there, which it
 does not keep.
@@ -42,10 +44,12 @@ from rvc_mlx.spool import Spool
 log = logging.getLogger("recipes")
 
 SHARPENED = (
-    "sharpened"  # in the metadata: the voice before, with its hash, and the factor
+    "sharpened"  # in the metadata: the voice before, with its hash, and the factors
 )
 WEIGHT, BIAS = "dec.conv_pre.weight", "dec.conv_pre.bias"  # what the latent enters by
+PRIOR = "enc_p.proj.bias"  # means, then logarithms of the noise's sizes
 LEAST, MOST = 0.5, 2.0  # factors
+LEAST_NOISE = 0.01
 
 
 def latents(
@@ -116,7 +120,7 @@ def mean_latent(
 
 
 def fold(
-    tensors: Mapping[str, np.ndarray], factor: float, mean: np.ndarray
+    tensors: Mapping[str, np.ndarray], factor: float, mean: np.ndarray, noise: float
 ) -> dict[str, np.ndarray]:
     """Tensors of a voice whose vocoder makes of ``z`` what it made of a sharper one.
 
@@ -124,6 +128,7 @@ def fold(
         tensors: of a voice, in PyTorch's layout: the weight is ``[out, in, taps]``.
         factor: how many times as large deviations from the mean become.
         mean: of the latent, ``[in]``.
+        noise: how many times as large the prior's noise becomes, above 0.
 
     Returns:
         All tensors, of the types that they had.
@@ -133,7 +138,13 @@ def fold(
     """
     weight, bias = (tensors[name].astype(np.float64) for name in (WEIGHT, BIAS))
     of_mean = weight.sum(axis=2) @ mean
-    folded = {WEIGHT: factor * weight, BIAS: bias + (1 - factor) * of_mean}
+    prior = tensors[PRIOR].astype(np.float64)
+    prior[len(prior) // 2 :] += np.log(noise)
+    folded = {
+        WEIGHT: factor * weight,
+        BIAS: bias + (1 - factor) * of_mean,
+        PRIOR: prior,
+    }
     result = dict(tensors)
     for name, value in folded.items():
         with np.errstate(over="ignore"):
@@ -178,7 +189,9 @@ def recordings_of(folder: Path, limit: int) -> list[Path]:
     return [found[i] for i in chosen]
 
 
-def sharpen(voice: Checkpoint, factor: float, mean: np.ndarray, path: Path) -> None:
+def sharpen(
+    voice: Checkpoint, factor: float, mean: np.ndarray, noise: float, path: Path
+) -> None:
     """Write a sharpened voice; what it tells is the voice's, and what was done to it.
 
     As with a mean, its weights are of no run, so it has no ``model_hash``.
@@ -187,9 +200,9 @@ def sharpen(voice: Checkpoint, factor: float, mean: np.ndarray, path: Path) -> N
         ValueError: a weight does not fit its type.
         OSError: it cannot be written.
     """
-    tensors = fold(voice.tensors, factor, mean)
+    tensors = fold(voice.tensors, factor, mean, noise)
     kept = {k: v for k, v in voice.metadata.items() if k != MODEL_HASH}
-    told = f"{name_and_hash(voice.path)} * {factor:g}"
+    told = f"{name_and_hash(voice.path)} * {factor:g}, noise * {noise:g}"
     told = "; ".join(filter(None, (told, str(kept.get(SHARPENED, "")))))
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, tensors, {**kept, SHARPENED: told})
@@ -202,8 +215,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--rmvpe", type=Path, required=True)
     parser.add_argument(
-        "--factor", type=float, default=1.1, help=f"{LEAST:g} to {MOST:g}"
-    )
+        "--factor", type=float, default=1.35,
+        help=f"of deviations from the mean, {LEAST:g} to {MOST:g} (default: 1.35)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise", type=float, default=0.25,
+        help=f"of the prior's noise, {LEAST_NOISE:g} to 1 (default: 0.25)",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, default=40, help="recordings at most")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--device", choices=DEVICES, default="auto")
@@ -216,6 +234,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--factor {options.factor:g}; expected {LEAST:g} to {MOST:g}, 1 changes "
             "nothing"
+        )
+    if not LEAST_NOISE <= options.noise <= 1:
+        raise ValueError(
+            f"--noise {options.noise:g}; expected {LEAST_NOISE:g} to 1, 1 changes nothing"
         )
     if options.limit < 1:
         raise ValueError(f"--limit {options.limit}; expected 1 or more")
@@ -244,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             precision="f32",
         )
         mean = mean_latent(converter, recordings, conversion)
-        sharpen(voice, options.factor, mean, options.export)
+        sharpen(voice, options.factor, mean, options.noise, options.export)
     except (ValueError, OSError) as error:
         log.error(f"recipes.sharpen: {' '.join(str(error).split())}")
         return 1

@@ -1,4 +1,4 @@
-"""A voice whose latent varies more: what is folded, and into what."""
+"""A voice with less noise and a wider latent: what is folded, and into what."""
 
 import re
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import soundfile
 from stand_ins import write_stand_ins
 
 from recipes import bundle, sharpen
-from recipes.sharpen import BIAS, SHARPENED, WEIGHT, latents, main
+from recipes.sharpen import BIAS, PRIOR, SHARPENED, WEIGHT, latents, main
 from rvc_mlx import ConversionOptions, load
 from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
 from rvc_mlx.engine import choose_engine
@@ -104,7 +104,7 @@ def test_a_sharpened_voice_speaks_as_the_voice_with_a_sharper_latent(
     run, make_voice, converter, recordings, tmp_path, rng, factor
 ):
     before, after = make_voice(), tmp_path / "new" / "sharp.safetensors"
-    assert run(before, after, factor=factor) == 0
+    assert run(before, after, factor=factor, noise=1) == 0
     clips = [soundfile.read(p, dtype="float32")[0] for p in recordings.rglob("*.wav")]
     seen = np.concatenate([observed_latents(converter, clip) for clip in clips])
     mean = seen.mean(axis=0)
@@ -128,7 +128,7 @@ def test_a_sharpened_voice_speaks_as_the_voice_with_a_sharper_latent(
 
 def test_a_factor_of_one_changes_nothing(run, make_voice, tmp_path):
     before, after = make_voice(np.float16), tmp_path / "same.safetensors"
-    assert run(before, after, factor=1) == 0
+    assert run(before, after, factor=1, noise=1) == 0
     old, new = (read_checkpoint(path).tensors for path in (before, after))
     assert old.keys() == new.keys()
     for name, value in new.items():
@@ -136,14 +136,40 @@ def test_a_factor_of_one_changes_nothing(run, make_voice, tmp_path):
         assert np.array_equal(value, old[name])
 
 
-def test_only_the_first_layer_changes_and_its_type_stays(run, make_voice, tmp_path):
+def test_less_noise_moves_the_latent_less(
+    run, make_voice, small_models, speech, tmp_path
+):
+    before, after = make_voice(), tmp_path / "still.safetensors"
+    assert run(before, after, factor=1, noise=0.25) == 0
+    spreads = []
+    for voice in (before, after):
+        converter = load(
+            voice,
+            encoder=small_models.encoder,
+            rmvpe=small_models.rmvpe,
+            device="cpu",
+            precision="f32",
+        )
+        one, other = (
+            next(latents(converter, speech[:16000], ConversionOptions(seed=seed)))
+            for seed in (0, 1)
+        )
+        spreads.append(np.std(one - other))
+    assert spreads[1] == pytest.approx(0.25 * spreads[0], rel=0.05)
+
+
+def test_only_three_tensors_change_and_their_types_stay(run, make_voice, tmp_path):
     before, after = make_voice(np.float16), tmp_path / "sharp.safetensors"
     assert run(before, after) == 0
     old, new = (read_checkpoint(path).tensors for path in (before, after))
     changed = {name for name in old if not np.array_equal(old[name], new[name])}
-    assert changed == {WEIGHT, BIAS}
+    assert changed == {WEIGHT, BIAS, PRIOR}
+    half = len(old[PRIOR]) // 2
+    assert np.array_equal(new[PRIOR][:half], old[PRIOR][:half])
+    wanted = old[PRIOR][half:].astype(float) + np.log(0.25)
+    np.testing.assert_allclose(new[PRIOR][half:], wanted, rtol=2**-11, atol=2**-25)
     assert {value.dtype for value in new.values()} == {np.dtype(np.float16)}
-    wanted = 1.1 * old[WEIGHT].astype(float)
+    wanted = 1.35 * old[WEIGHT].astype(float)
     # Half a step of float16: of its 11 bits, or of its smallest numbers.
     np.testing.assert_allclose(new[WEIGHT], wanted, rtol=2**-11, atol=2**-25)
 
@@ -152,13 +178,13 @@ def test_a_sharpened_voice_tells_what_it_was_made_from(run, make_voice, tmp_path
     before = make_voice()
     once, twice = (tmp_path / f"{name}.safetensors" for name in ("once", "twice"))
     assert run(before, once, factor=1.25) == 0
-    assert run(once, twice, limit=1) == 0
+    assert run(once, twice, limit=1, noise=1) == 0
     known = read_checkpoint(before).metadata
     del known["model_hash"]
     first, second = (read_checkpoint(path).metadata for path in (once, twice))
-    line = f"voice.safetensors (sha256 {hash_file(before)}) * 1.25"
+    line = f"voice.safetensors (sha256 {hash_file(before)}) * 1.25, noise * 0.25"
     assert first == {**known, SHARPENED: line}
-    told = f"once.safetensors (sha256 {hash_file(once)}) * 1.1; {line}"
+    told = f"once.safetensors (sha256 {hash_file(once)}) * 1.35, noise * 1; {line}"
     assert second == {**known, SHARPENED: told}
 
 
@@ -209,6 +235,8 @@ def test_wrong_options_and_files_are_refused(
     soundfile.write(short / "click.wav", np.zeros(80), 16000)
     for message, others in (
         ("--limit 0; expected 1", {"limit": 0}),
+        ("--noise 0; expected 0.01 to 1", {"noise": 0}),
+        ("--noise nan; expected 0.01 to 1", {"noise": "nan"}),
         ("seed is -1; expected 0", {"seed": -1}),
         ("empty: no sound files", {"folder": empty}),
         (r"click\.wav: the recording is 5\.0 ms long", {"folder": short}),
@@ -256,7 +284,7 @@ def test_a_weight_beyond_its_type_is_refused(run, make_voice, tmp_path, caplog):
     large = read.copy()
     large[0, 0, 0] = 6.4e4
     voice = make_voice(np.float16, **{WEIGHT: large})
-    message = "dec.conv_pre.weight: 7.04e.04 does not fit float16"
+    message = "dec.conv_pre.weight: 8.64e.04 does not fit float16"
     refused(run, caplog, tmp_path / "x.safetensors", message, voice)
 
 
@@ -271,6 +299,7 @@ def test_a_sharpened_voice_is_bundled_from_its_run(run, recordings, tmp_path):
     assert bundle.main([*words, "--into", str(tmp_path / "into")]) == 0
     bundled = read_checkpoint(tmp_path / "into" / "slt.safetensors")
     digest = hash_file(made.slt / "slt.safetensors")
-    assert bundled.metadata[SHARPENED] == f"slt.safetensors (sha256 {digest}) * 1.1"
+    line = f"slt.safetensors (sha256 {digest}) * 1.35, noise * 0.25"
+    assert bundled.metadata[SHARPENED] == line
     tensors = read_checkpoint(sharp).tensors
     assert np.array_equal(bundled.tensors[WEIGHT], tensors[WEIGHT])
