@@ -80,8 +80,8 @@ def _add_conversion(made: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument(
         "--seeds", type=int, default=1, metavar="N",
-        help="convert each clip so often, with other noise; figures are of all "
-        "(default: 1)",
+        help="convert each clip N times, each with another seed of the noise; figures "
+        "are over all of them (default: 1)",
     )  # fmt: skip
 
 
@@ -283,9 +283,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         judges = chosen_judges(arguments.judges)
-        parse_options(arguments.option)
+        first = parse_options(arguments.option).get("seed", 0)
         if arguments.seeds < 1:
             raise ValueError(f"--seeds {arguments.seeds}; expected 1 or more")
+        parse_options([f"seed={first + arguments.seeds - 1}"])
         if "auto" in arguments.pitch:
             require_tools([PITCH])
     except ValueError as error:

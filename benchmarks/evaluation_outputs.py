@@ -83,7 +83,7 @@ def convert_one(
 ) -> tuple[dict[Recording, list[Output]], str]:
     """Every source into one target, as float wavs in a folder of its name.
 
-    Those with further seeds are in folders called ``NAME-seed-1`` and so on.
+    Those with further seeds are in folders below it, ``seed-1`` and so on.
 
     Returns:
         The conversions of each source, one for each seed, and what computed them, in words.
@@ -102,7 +102,7 @@ def convert_one(
     options = parse_options(arguments.option)
     first = options.pop("seed", 0)
     for seed in range(first, first + arguments.seeds):
-        name = target.name if seed == first else f"{target.name}-seed-{seed}"
+        name = target.name if seed == first else f"{target.name}/seed-{seed}"
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number, source in enumerate(sources, 1):
             path = folder / name / f"{source.path.stem}.wav"

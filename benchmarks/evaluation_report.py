@@ -109,7 +109,7 @@ def table_cell(value: Any) -> str:
 
 
 def clips_table(voices: Sequence[dict[str, Any]]) -> str:
-    """A line per clip and voice."""
+    """A line per clip, voice and seed."""
     clips = [clip for voice in voices for clip in voice["clips"]]
     columns = [
         shown
@@ -127,19 +127,19 @@ def clips_table(voices: Sequence[dict[str, Any]]) -> str:
 
 
 def seeds_of(voices: Sequence[dict[str, Any]]) -> int:
-    """How often each clip was converted, with other noise."""
-    return len({clip.get("seed") for voice in voices for clip in voice["clips"]})
+    """How often a clip was converted into a voice, each time with another seed."""
+    return max(len({clip.get("seed") for clip in v["clips"]}) for v in voices)
 
 
 def clips_told(facts: Mapping[str, Any]) -> str:
-    """How many clips there are, and how often each was converted."""
+    """How many clips there are, and how often they were converted."""
     seeds = seeds_of(facts["voices"])
-    told = f", each with {seeds} seeds of the noise" if seeds > 1 else ""
+    told = f", converted with {seeds} seeds of the noise" if seeds > 1 else ""
     return f"{len(facts['sources'])} clips{told}"
 
 
 def notes(voices: Sequence[dict[str, Any]]) -> list[str]:
-    """What could not be measured and why, with the number of clips."""
+    """What could not be measured and why, with the number of conversions."""
     counted = Counter(
         f"{voice['name']}, {judge}: {values['note']}"
         for voice in voices
@@ -147,7 +147,7 @@ def notes(voices: Sequence[dict[str, Any]]) -> list[str]:
         for judge, values in clip["judged"].items()
         if values.get("note")
     )
-    return [f"{note} ({count} clips)" for note, count in counted.items()]
+    return [f"{note} ({count} conversions)" for note, count in counted.items()]
 
 
 class Reached(NamedTuple):
@@ -157,13 +157,13 @@ class Reached(NamedTuple):
         voice: its name.
         shown: the goal.
         value: the figure, or None.
-        clips: how many conversions it is made of.
+        conversions: how many it is made of.
     """
 
     voice: str
     shown: Shown
     value: Any
-    clips: int
+    conversions: int
 
     @property
     def verdict(self) -> str:
@@ -194,7 +194,7 @@ def goals_table(voices: Sequence[dict[str, Any]]) -> str:
             row.shown.label,
             f"{row.shown.sign} {row.shown.goal:g}",
             table_cell(row.value),
-            f"{row.clips} of {len(voice['clips'])}",
+            f"{row.conversions} of {len(voice['clips'])}",
             row.verdict,
         ]
         for voice in voices

@@ -26,6 +26,7 @@ log = logging.getLogger("recipes")
 
 MODEL_HASH = "model_hash"  # of a voice: names its run and step
 MEAN_OF = "mean_of"  # in the metadata: the files with their hashes and shares
+SHARPENED = "sharpened"  # in the metadata: see ``recipes.sharpen``
 
 
 def mean(
@@ -66,7 +67,7 @@ def average(before: Checkpoint, after: Checkpoint, share: float, path: Path) -> 
     A voice's ``model_hash`` names the run whose weights a file has; a mean's are of none.
 
     Raises:
-        ValueError: they are of different networks.
+        ValueError: they are of different networks, or were sharpened in different ways.
         OSError: it cannot be written.
     """
     kinds = [str(read.metadata.get("kind", "untold")) for read in (before, after)]
@@ -74,6 +75,12 @@ def average(before: Checkpoint, after: Checkpoint, share: float, path: Path) -> 
         raise ValueError(
             f"{before.path} is of the kind {kinds[0]}, {after.path} {kinds[1]}; expected "
             "one kind"
+        )
+    told_apart = [str(read.metadata.get(SHARPENED, "")) for read in (before, after)]
+    if told_apart[0] != told_apart[1]:
+        raise ValueError(
+            f"of {before.path} and {after.path} one is sharpened, or each in another way; "
+            "average first, then sharpen"
         )
     parts = ((before, 1 - share), (after, share))
     told = "; ".join(f"{name_and_hash(read.path)} * {part:g}" for read, part in parts)

@@ -3,17 +3,20 @@
     python -m recipes.sharpen VOICE RECORDINGS --encoder E --rmvpe R --export SHARPENED
 
 A vocoder that learnt from noisy latents takes a part of every deviation from the mean for
-noise, and answers with less: its spectra are too smooth. Statistical synthesis knows that,
-and gives speech its global variance back (Toda & Tokuda 2007, IEICE Trans. E90-D). Here the
-prior's noise becomes ``--noise`` times as large, and what is left of the latent deviates
-``--factor`` times as much.
+noise, as Wiener's filter does, and answers with less: its spectra are too smooth. Statistical
+synthesis knows that, and gives speech its global variance back (Toda & Tokuda 2007, IEICE
+Trans. E90-D). Here the prior's noise becomes ``--noise`` times as large, and each channel of
+the latent deviates ``1 + strength * noise / signal`` times as much, in variances that are
+measured before, but never so much that more noise is left than there was.
 
 Both go into weights, so they cost nothing in a conversion. The logarithm of the noise's size
 comes out of the text encoder's last layer: its bias is moved. The vocoder's first layer is a
-convolution: ``W (mean + factor (z - mean)) + b = (factor W) z + (b + (1 - factor) W mean)``.
+convolution: ``W (mean + k (z - mean)) + b = (k W) z + (b + W ((1 - k) mean))``.
 At the ends of what the vocoder is given, within half a kernel, the convolution reads zeros
 instead of ``z``, and there it is not the same; a conversion here has context there, which it
 does not keep.
+
+Train on, and average, voices from before that.
 """
 
 from __future__ import annotations
@@ -23,10 +26,11 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from recipes.average import MODEL_HASH
+from recipes.average import MODEL_HASH, SHARPENED
 from rvc_mlx import VoiceConverter, load
 from rvc_mlx.arrays import to_host
 from rvc_mlx.audio import SAMPLE_RATE
@@ -39,17 +43,40 @@ from rvc_mlx.job import Job, Nets, prepare_all
 from rvc_mlx.loading import PitchNet, read_weights
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.pitch import Signal, estimate_all
+from rvc_mlx.segments import FRAME
 from rvc_mlx.spool import Spool
 
 log = logging.getLogger("recipes")
 
-SHARPENED = (
-    "sharpened"  # in the metadata: the voice before, with its hash, and the factors
-)
 WEIGHT, BIAS = "dec.conv_pre.weight", "dec.conv_pre.bias"  # what the latent enters by
 PRIOR = "enc_p.proj.bias"  # means, then logarithms of the noise's sizes
-LEAST, MOST = 0.5, 2.0  # factors
+MOST_STRENGTH = 2.0
 LEAST_NOISE = 0.01
+_LEAST_SIGNAL = 0.02  # of the variance of the middle: no channel is all noise
+
+
+class Spread(NamedTuple):
+    """What a voice's latent is made of, by channel.
+
+    Attributes:
+        mean: ``[inter_channels]`` float64.
+        signal: variance of what another seed leaves, above 0.
+        noise: variance between seeds.
+    """
+
+    mean: np.ndarray
+    signal: np.ndarray
+    noise: np.ndarray
+
+    def factors(self, strength: float, noise: float) -> np.ndarray:
+        """How many times as far each channel is to deviate from its mean.
+
+        Args:
+            strength: 0 or more.
+            noise: how many times as large its noise becomes before; no channel gets more
+                of it than it had.
+        """
+        return np.minimum(1 + strength * self.noise / self.signal, max(1 / noise, 1))
 
 
 def latents(
@@ -97,36 +124,56 @@ def _f0(net: PitchNet, job: Job, options: ConversionOptions) -> np.ndarray:
     return estimate_all(net.salience.start, [signal], settings)[0]
 
 
-def mean_latent(
-    converter: VoiceConverter, recordings: Sequence[Path], options: ConversionOptions
-) -> np.ndarray:
-    """``[inter_channels]`` float64: the mean over the frames of recordings.
+def audible(audio: np.ndarray) -> np.ndarray:
+    """Which of the 100 frames per second of ``[n]`` at 16 kHz are within 40 dB of the loudest."""
+    frames = len(audio) // FRAME + 1
+    power = np.pad(audio.astype(np.float64) ** 2, (0, frames * FRAME - len(audio)))
+    power = power.reshape(frames, FRAME).sum(axis=1)
+    return power >= 1e-4 * power.max()
+
+
+def spread_of(
+    converter: VoiceConverter, recordings: Sequence[Path], seed: int
+) -> Spread:
+    """The latent's over the audible frames of recordings, each converted with two seeds.
 
     Raises:
         ValueError: one does not fit; names it.
         OSError: one cannot be read.
     """
-    total, frames = np.zeros(converter.voice.config.inter_channels), 0
+    seeds = [ConversionOptions(seed=n) for n in (seed, seed + 1)]
+    sums, frames = np.zeros((3, converter.voice.config.inter_channels)), 0
     for path in recordings:
         audio = load_audio(path)
         try:
-            for z in latents(converter, audio, options):
-                total += z.sum(axis=0, dtype=np.float64)
-                frames += len(z)
+            made = [list(latents(converter, audio, options)) for options in seeds]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    log.info(f"the mean is of {frames} frames of {len(recordings)} recordings")
-    return total / frames
+        one, other = (
+            np.concatenate(z)[audible(audio)].astype(np.float64) for z in made
+        )
+        middle, half = (one + other) / 2, (one - other) / 2
+        sums += [part.sum(axis=0) for part in (middle, middle**2, half**2)]
+        frames += len(one)
+    log.info(f"measured {frames} frames of {len(recordings)} recordings")
+    mean, square, half_square = sums / frames
+    # The middle of two holds half of the noise's variance, and so does half their difference.
+    variance = square - mean**2
+    signal = np.maximum(variance - half_square, _LEAST_SIGNAL * variance)
+    return Spread(mean, signal, 2 * half_square)
 
 
 def fold(
-    tensors: Mapping[str, np.ndarray], factor: float, mean: np.ndarray, noise: float
+    tensors: Mapping[str, np.ndarray],
+    factors: np.ndarray,
+    mean: np.ndarray,
+    noise: float,
 ) -> dict[str, np.ndarray]:
     """Tensors of a voice whose vocoder makes of ``z`` what it made of a sharper one.
 
     Args:
         tensors: of a voice, in PyTorch's layout: the weight is ``[out, in, taps]``.
-        factor: how many times as large deviations from the mean become.
+        factors: how many times as large deviations from the mean become, ``[in]``.
         mean: of the latent, ``[in]``.
         noise: how many times as large the prior's noise becomes, above 0.
 
@@ -137,12 +184,12 @@ def fold(
         ValueError: a result is not finite, or does not fit its type; names the tensor.
     """
     weight, bias = (tensors[name].astype(np.float64) for name in (WEIGHT, BIAS))
-    of_mean = weight.sum(axis=2) @ mean
+    moved = weight.sum(axis=2) @ ((1 - factors) * mean)
     prior = tensors[PRIOR].astype(np.float64)
     prior[len(prior) // 2 :] += np.log(noise)
     folded = {
-        WEIGHT: factor * weight,
-        BIAS: bias + (1 - factor) * of_mean,
+        WEIGHT: factors[:, None] * weight,
+        BIAS: bias + moved,
         PRIOR: prior,
     }
     result = dict(tensors)
@@ -190,7 +237,7 @@ def recordings_of(folder: Path, limit: int) -> list[Path]:
 
 
 def sharpen(
-    voice: Checkpoint, factor: float, mean: np.ndarray, noise: float, path: Path
+    voice: Checkpoint, spread: Spread, strength: float, noise: float, path: Path
 ) -> None:
     """Write a sharpened voice; what it tells is the voice's, and what was done to it.
 
@@ -200,10 +247,9 @@ def sharpen(
         ValueError: a weight does not fit its type.
         OSError: it cannot be written.
     """
-    tensors = fold(voice.tensors, factor, mean, noise)
+    tensors = fold(voice.tensors, spread.factors(strength, noise), spread.mean, noise)
     kept = {k: v for k, v in voice.metadata.items() if k != MODEL_HASH}
-    told = f"{name_and_hash(voice.path)} * {factor:g}, noise * {noise:g}"
-    told = "; ".join(filter(None, (told, str(kept.get(SHARPENED, "")))))
+    told = f"{name_and_hash(voice.path)}, strength {strength:g}, noise * {noise:g}"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, tensors, {**kept, SHARPENED: told})
 
@@ -211,28 +257,30 @@ def sharpen(
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("voice", type=Path)
-    parser.add_argument("recordings", type=Path, help="folder, for the latent's mean")
+    parser.add_argument("recordings", type=Path, help="folder, to measure the latent")
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--rmvpe", type=Path, required=True)
     parser.add_argument(
-        "--factor", type=float, default=1.35,
-        help=f"of deviations from the mean, {LEAST:g} to {MOST:g} (default: 1.35)",
+        "--strength", type=float, default=0.85,
+        help=f"of the deviations from the mean, 0 to {MOST_STRENGTH:g} (default: 0.85)",
     )  # fmt: skip
     parser.add_argument(
         "--noise", type=float, default=0.25,
         help=f"of the prior's noise, {LEAST_NOISE:g} to 1 (default: 0.25)",
     )  # fmt: skip
     parser.add_argument("--limit", type=int, default=40, help="recordings at most")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the noise, and the next"
+    )
     parser.add_argument("--device", choices=DEVICES, default="auto")
     parser.add_argument("--export", type=Path, required=True)
     return parser.parse_args(arguments)
 
 
 def _check(options: argparse.Namespace) -> None:
-    if not LEAST <= options.factor <= MOST:  # also when it is not a number
+    if not 0 <= options.strength <= MOST_STRENGTH:  # also when it is not a number
         raise ValueError(
-            f"--factor {options.factor:g}; expected {LEAST:g} to {MOST:g}, 1 changes "
+            f"--strength {options.strength:g}; expected 0 to {MOST_STRENGTH:g}, 0 changes "
             "nothing"
         )
     if not LEAST_NOISE <= options.noise <= 1:
@@ -256,8 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _check(options)
         voice = read_voice(options.voice)
+        if SHARPENED in voice.metadata:
+            raise ValueError(
+                f"{options.voice} is sharpened already; give the voice from before that"
+            )
         recordings = recordings_of(options.recordings, options.limit)
-        conversion = ConversionOptions(seed=options.seed)
         converter = load(
             options.voice,
             encoder=options.encoder,
@@ -265,8 +316,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             device=options.device,
             precision="f32",
         )
-        mean = mean_latent(converter, recordings, conversion)
-        sharpen(voice, options.factor, mean, options.noise, options.export)
+        spread = spread_of(converter, recordings, options.seed)
+        factors = spread.factors(options.strength, options.noise)
+        shown = ", ".join(f"{k:.2f}" for k in np.quantile(factors, (0, 0.5, 1)))
+        log.info(f"factors (least, median, most): {shown}")
+        sharpen(voice, spread, options.strength, options.noise, options.export)
     except (ValueError, OSError) as error:
         log.error(f"recipes.sharpen: {' '.join(str(error).split())}")
         return 1

@@ -400,8 +400,8 @@ def _finishing(job: Job, raw: Iterator[np.ndarray]) -> Callable[[], Conversion]:
 def _warm_up_lengths(seconds: float) -> list[int]:
     """Samples at 16 kHz of recordings up to this length, the longest last.
 
-    A GPU's memory is kept for arrays of the same sizes, as much as there may be; the oldest
-    of it goes first, and the longest recordings' takes longest to get anew.
+    Freed GPU memory is kept for arrays of the same size, up to a limit; the oldest is given
+    back first, and that of the longest recordings costs most to get again.
     """
     lengths = []
     while seconds > _SHORTEST_WARM_UP:

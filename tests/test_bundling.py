@@ -53,7 +53,8 @@ def conversions(path, name="slt"):
     """A report about conversions."""
     files = {"voice": {"file": path.name, "sha256": hash_file(path)}}
     voice = {"name": name, "files": files, "summary": {"f0": {"rpa": 90}}}
-    return {"benchmark": "evaluation", "voices": [{**voice, "clips": [{}, {}]}]}
+    clips = [{"source": source} for source in ("a", "a", "b")]
+    return {"benchmark": "evaluation", "voices": [{**voice, "clips": clips}]}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_metadata_tells_where_a_voice_comes_from(bundled_set):
         "seed": 0,
         "started_from": "before.safetensors (sha256 0)",
         "limits": bundle.LIMITS,
-        "metrics": {"heard": {"clips": 2, "f0": {"rpa": 90}}},
+        "metrics": {"heard": {"clips": 2, "conversions": 3, "f0": {"rpa": 90}}},
     }
     assert told.items() >= expected.items()
     other = read_checkpoint(bundled_set / "rms.safetensors").metadata

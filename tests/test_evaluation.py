@@ -514,13 +514,15 @@ def test_a_voice_is_converted_and_judged(small_models, tmp_path, capsys):
     assert voice["summary"]["loudness"]["loudness_gap"] == pytest.approx(
         np.mean(judged)
     )
-    assert "each with 2 seeds" in (tmp_path / "conversion.md").read_text()
+    assert "1 clips, converted with 2 seeds" in (tmp_path / "conversion.md").read_text()
     assert voice["files"]["voice"]["file"] == small_models.voice.name
     assert voice["clips"][0]["semitones"] == 3
     assert voice["clips"][0]["conversion_s"] > 0
     assert facts["options"] == {"index_rate": 0.5, "seed": 4}
     assert facts["seeds"] == 2
-    assert len(list((tmp_path / "made").rglob("*.wav"))) == 2
+    [name, clip] = small_models.voice.stem, f"{small_models.speech.stem}.wav"
+    folders = tmp_path / "made" / name, tmp_path / "made" / name / "seed-5"
+    assert all((folder / clip).is_file() for folder in folders)
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -79,7 +79,7 @@ def test_figures_come_from_the_results(place):
     assert cells(text, "log mel mean and spread")[1] == "100.0"
     label = "F0 within 50 cents, %"
     assert cells(text, "slt") == ["slt", label, ">= 95", "96.25", "1 of 2", "met"]
-    assert "- slt, f0: hum (1 clips)" in text
+    assert "- slt, f0: hum (1 conversions)" in text
     assert "(images/evaluation-natural.png)" in text
     image = place / "docs" / "images" / "evaluation-natural.png"
     assert image.read_bytes() == b"picture"

@@ -9,7 +9,17 @@ import soundfile
 from stand_ins import write_stand_ins
 
 from recipes import bundle, sharpen
-from recipes.sharpen import BIAS, PRIOR, SHARPENED, WEIGHT, latents, main
+from recipes.average import SHARPENED, average
+from recipes.sharpen import (
+    BIAS,
+    PRIOR,
+    WEIGHT,
+    Spread,
+    audible,
+    latents,
+    main,
+    spread_of,
+)
 from rvc_mlx import ConversionOptions, load
 from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
 from rvc_mlx.engine import choose_engine
@@ -99,16 +109,54 @@ def test_latents_of_a_long_recording_leave_its_context_out(converter, speech):
     assert sum(map(len, parts)) == 64000 // 160 + 1
 
 
-@pytest.mark.parametrize("factor", [0.7, 1.5])
+def test_signal_and_noise_are_told_apart(converter, recordings, rng, monkeypatch):
+    mean, signal, noise = rng.random((3, 64)) + 0.5
+    shape = 40000, 64
+    same = mean + np.sqrt(signal) * rng.standard_normal(shape)
+
+    def made(_, audio, options):
+        drawn = np.random.default_rng(options.seed).standard_normal(shape)
+        yield from np.split(same + np.sqrt(noise) * drawn, 2)
+
+    heard = rng.random(len(same)) < 0.8
+    same[~heard] = 1000  # a silent frame's
+    monkeypatch.setattr(sharpen, "latents", made)
+    monkeypatch.setattr(sharpen, "audible", lambda audio: heard)
+    found = spread_of(converter, sorted(recordings.rglob("*.wav")), seed=3)
+    for value, expected in zip(found, (mean, signal, noise), strict=True):
+        np.testing.assert_allclose(value, expected, rtol=0.06)
+
+
+def test_frames_within_40_db_of_the_loudest_are_audible():
+    levels = np.array([0, 0.5, 0.006, 0.004, 0])
+    found = audible(np.repeat(levels, 160)[:-10].astype(np.float32))
+    assert found.tolist() == [False, True, True, False, False]
+
+
+def test_factors_grow_with_noise_up_to_what_there_was():
+    spread = Spread(np.zeros(3), np.array([4.0, 1, 0.01]), np.array([1.0, 1, 1]))
+    assert spread.factors(0.5, noise=0.25) == pytest.approx([1.125, 1.5, 4])
+    assert spread.factors(0, noise=0.25) == pytest.approx([1, 1, 1])
+    assert spread.factors(2, noise=1) == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("strength", [0.3, 1])
 def test_a_sharpened_voice_speaks_as_the_voice_with_a_sharper_latent(
-    run, make_voice, converter, recordings, tmp_path, rng, factor
+    make_voice, converter, recordings, tmp_path, rng, strength
 ):
     before, after = make_voice(), tmp_path / "new" / "sharp.safetensors"
-    assert run(before, after, factor=factor, noise=1) == 0
-    clips = [soundfile.read(p, dtype="float32")[0] for p in recordings.rglob("*.wav")]
-    seen = np.concatenate([observed_latents(converter, clip) for clip in clips])
-    mean = seen.mean(axis=0)
-    assert np.abs(mean).max() > 0.1  # or the bias would hardly matter
+    files = sorted(recordings.rglob("*.wav"))
+    spread = spread_of(converter, files, seed=0)
+    sharpen.sharpen(read_checkpoint(before), spread, strength, 0.25, after)
+    factors = spread.factors(strength, 0.25)
+    assert factors.max() > factors.min() + 0.1
+    clips = [soundfile.read(path, dtype="float32")[0] for path in files]
+    observed = [observed_latents(converter, clip) for clip in clips]
+    heard = [z[audible(clip)] for z, clip in zip(observed, clips, strict=True)]
+    seen = np.concatenate(heard)
+    # Its seed is one of the two.
+    np.testing.assert_allclose(spread.mean, seen.mean(axis=0), rtol=0, atol=0.1)
+    assert np.abs(spread.mean).max() > 0.1  # or the bias would hardly matter
     engine = choose_engine("mlx-cpu", "f32")
     one, other = (
         Voice(read_weights(path, "voice"), engine) for path in (before, after)
@@ -116,7 +164,7 @@ def test_a_sharpened_voice_speaks_as_the_voice_with_a_sharper_latent(
     U, context = one.config.samples_per_frame, one.context
     source = 0.1 * rng.standard_normal((1, FRAMES * U, 1), np.float32)
     speaker, z = one.speakers[:1][None], seen[None, :FRAMES]
-    sharper = (mean + factor * (z - mean)).astype(np.float32)
+    sharper = (spread.mean + factors * (z - spread.mean)).astype(np.float32)
     inner = slice(context * U, (FRAMES - context) * U)
     expected = one.vocoder(sharper, speaker, source)[0, inner]
     found = other.vocoder(z, speaker, source)[0, inner]
@@ -126,9 +174,9 @@ def test_a_sharpened_voice_speaks_as_the_voice_with_a_sharper_latent(
     assert np.abs(found - unchanged).max() > 1e-3
 
 
-def test_a_factor_of_one_changes_nothing(run, make_voice, tmp_path):
+def test_no_strength_and_all_noise_change_nothing(run, make_voice, tmp_path):
     before, after = make_voice(np.float16), tmp_path / "same.safetensors"
-    assert run(before, after, factor=1, noise=1) == 0
+    assert run(before, after, strength=0, noise=1) == 0
     old, new = (read_checkpoint(path).tensors for path in (before, after))
     assert old.keys() == new.keys()
     for name, value in new.items():
@@ -140,7 +188,7 @@ def test_less_noise_moves_the_latent_less(
     run, make_voice, small_models, speech, tmp_path
 ):
     before, after = make_voice(), tmp_path / "still.safetensors"
-    assert run(before, after, factor=1, noise=0.25) == 0
+    assert run(before, after, strength=0, noise=0.25) == 0
     spreads = []
     for voice in (before, after):
         converter = load(
@@ -169,23 +217,24 @@ def test_only_three_tensors_change_and_their_types_stay(run, make_voice, tmp_pat
     wanted = old[PRIOR][half:].astype(float) + np.log(0.25)
     np.testing.assert_allclose(new[PRIOR][half:], wanted, rtol=2**-11, atol=2**-25)
     assert {value.dtype for value in new.values()} == {np.dtype(np.float16)}
-    wanted = 1.35 * old[WEIGHT].astype(float)
-    # Half a step of float16: of its 11 bits, or of its smallest numbers.
-    np.testing.assert_allclose(new[WEIGHT], wanted, rtol=2**-11, atol=2**-25)
+    factors = (new[WEIGHT].astype(float) / old[WEIGHT]).mean(axis=(0, 2))
+    assert 1 < factors.min() < factors.max() <= 4.001
 
 
-def test_a_sharpened_voice_tells_what_it_was_made_from(run, make_voice, tmp_path):
-    before = make_voice()
-    once, twice = (tmp_path / f"{name}.safetensors" for name in ("once", "twice"))
-    assert run(before, once, factor=1.25) == 0
-    assert run(once, twice, limit=1, noise=1) == 0
+def test_a_sharpened_voice_tells_what_it_was_made_from(
+    run, make_voice, tmp_path, caplog
+):
+    before, after = make_voice(), tmp_path / "once.safetensors"
+    assert run(before, after, strength=0.5) == 0
     known = read_checkpoint(before).metadata
     del known["model_hash"]
-    first, second = (read_checkpoint(path).metadata for path in (once, twice))
-    line = f"voice.safetensors (sha256 {hash_file(before)}) * 1.25, noise * 0.25"
-    assert first == {**known, SHARPENED: line}
-    told = f"once.safetensors (sha256 {hash_file(once)}) * 1.35, noise * 1; {line}"
-    assert second == {**known, SHARPENED: told}
+    line = f"voice.safetensors (sha256 {hash_file(before)}), strength 0.5, noise * 0.25"
+    assert read_checkpoint(after).metadata == {**known, SHARPENED: line}
+    caplog.clear()
+    message = "once.safetensors is sharpened already; give the voice from before"
+    refused(run, caplog, tmp_path / "twice.safetensors", message, after)
+    with pytest.raises(ValueError, match=r"one is sharpened.*average first"):
+        average(read_checkpoint(before), read_checkpoint(after), 0.5, tmp_path / "m")
 
 
 def test_the_same_seed_gives_the_same_weights(run, make_voice, tmp_path):
@@ -215,14 +264,13 @@ def refused(run, caplog, export, message, voice, **others):
     assert not export.exists()
 
 
-@pytest.mark.parametrize("factor", ["nan", "inf", "0", "-1", "0.4", "2.1"])
-def test_a_factor_that_makes_no_sense_is_refused(
-    run, make_voice, tmp_path, caplog, factor
+@pytest.mark.parametrize("strength", ["nan", "inf", "-0.1", "2.1"])
+def test_a_strength_that_makes_no_sense_is_refused(
+    run, make_voice, tmp_path, caplog, strength
 ):
-    message = f"--factor {factor}; expected 0.5 to 2"
-    refused(
-        run, caplog, tmp_path / "x.safetensors", message, make_voice(), factor=factor
-    )
+    message = f"--strength {strength}; expected 0 to 2"
+    export = tmp_path / "x.safetensors"
+    refused(run, caplog, export, message, make_voice(), strength=strength)
 
 
 def test_wrong_options_and_files_are_refused(
@@ -284,8 +332,8 @@ def test_a_weight_beyond_its_type_is_refused(run, make_voice, tmp_path, caplog):
     large = read.copy()
     large[0, 0, 0] = 6.4e4
     voice = make_voice(np.float16, **{WEIGHT: large})
-    message = "dec.conv_pre.weight: 8.64e.04 does not fit float16"
-    refused(run, caplog, tmp_path / "x.safetensors", message, voice)
+    message = r"dec.conv_pre.weight: [\d.]+e.04 does not fit float16"
+    refused(run, caplog, tmp_path / "x.safetensors", message, voice, strength=2)
 
 
 def test_a_sharpened_voice_is_bundled_from_its_run(run, recordings, tmp_path):
@@ -299,7 +347,7 @@ def test_a_sharpened_voice_is_bundled_from_its_run(run, recordings, tmp_path):
     assert bundle.main([*words, "--into", str(tmp_path / "into")]) == 0
     bundled = read_checkpoint(tmp_path / "into" / "slt.safetensors")
     digest = hash_file(made.slt / "slt.safetensors")
-    line = f"slt.safetensors (sha256 {digest}) * 1.35, noise * 0.25"
+    line = f"slt.safetensors (sha256 {digest}), strength 0.85, noise * 0.25"
     assert bundled.metadata[SHARPENED] == line
     tensors = read_checkpoint(sharp).tensors
     assert np.array_equal(bundled.tensors[WEIGHT], tensors[WEIGHT])

@@ -44,7 +44,7 @@ FACTS = {  # metadata to what a person calls it, in this order
     "started_from": "started from",
     "parallel": "voices of the parallel speech",
     "mean_of": "mean of",
-    "sharpened": "its latent's deviations made larger, from",
+    "sharpened": "sharpened from",
     "calibrated_from": "calibrated again from",
     "false_frames_per_missed_one": "false frames that a missed one counted as",
     "steps": "steps",
