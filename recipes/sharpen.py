@@ -261,8 +261,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--encoder", type=Path, required=True)
     parser.add_argument("--rmvpe", type=Path, required=True)
     parser.add_argument(
-        "--strength", type=float, default=0.85,
-        help=f"of the deviations from the mean, 0 to {MOST_STRENGTH:g} (default: 0.85)",
+        "--strength", type=float, default=0.7,
+        help=f"of the deviations from the mean, 0 to {MOST_STRENGTH:g} (default: 0.7)",
     )  # fmt: skip
     parser.add_argument(
         "--noise", type=float, default=0.25,

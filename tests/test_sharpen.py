@@ -347,7 +347,7 @@ def test_a_sharpened_voice_is_bundled_from_its_run(run, recordings, tmp_path):
     assert bundle.main([*words, "--into", str(tmp_path / "into")]) == 0
     bundled = read_checkpoint(tmp_path / "into" / "slt.safetensors")
     digest = hash_file(made.slt / "slt.safetensors")
-    line = f"slt.safetensors (sha256 {digest}), strength 0.85, noise * 0.25"
+    line = f"slt.safetensors (sha256 {digest}), strength 0.7, noise * 0.25"
     assert bundled.metadata[SHARPENED] == line
     tensors = read_checkpoint(sharp).tensors
     assert np.array_equal(bundled.tensors[WEIGHT], tensors[WEIGHT])
