@@ -41,8 +41,9 @@ def copied(x: np.ndarray) -> np.ndarray:
 
 def find_f0(net: PitchNet, audio: np.ndarray) -> np.ndarray:
     """F0 ``[n // 160 + 1]`` of 16 kHz audio ``[n]``, as a conversion finds it."""
-    signal = pitch.Signal(lambda start, stop: audio[None, start:stop], len(audio))
-    return pitch.estimate_all(net.salience.start, [signal], net.settings())[0]
+    return pitch.estimate_one(
+        net.salience.start, lambda a, b: audio[a:b], len(audio), net.settings()
+    )
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from rvc_mlx.engine import DEVICES
 from rvc_mlx.job import Job, Nets, prepare_all
 from rvc_mlx.loading import PitchNet, read_weights
 from rvc_mlx.options import ConversionOptions
-from rvc_mlx.pitch import Signal, estimate_all
+from rvc_mlx.pitch import estimate_one
 from rvc_mlx.segments import FRAME
 from rvc_mlx.spool import Spool
 
@@ -84,6 +84,8 @@ def latents(
 ) -> Iterator[np.ndarray]:
     """What a conversion gives the vocoder for a recording, without an index.
 
+    The noise is the host's, also where a GPU converts and would draw its own.
+
     Args:
         converter: of the voice.
         audio: ``[n]`` float32 at 16 kHz.
@@ -118,10 +120,9 @@ def _f0(net: PitchNet, job: Job, options: ConversionOptions) -> np.ndarray:
     settings = net.settings(
         threshold=options.f0_threshold, mel_padding=options.mel_padding
     )
-    signal = Signal(
-        lambda start, stop: job.heard_on_host(start, stop)[None], job.padded_length
+    return estimate_one(
+        net.salience.start, job.heard_on_host, job.padded_length, settings
     )
-    return estimate_all(net.salience.start, [signal], settings)[0]
 
 
 def audible(audio: np.ndarray) -> np.ndarray:

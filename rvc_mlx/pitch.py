@@ -179,13 +179,23 @@ def estimate_f0(
     mel_padding: str = "reflect",
     chunk_frames: int = CHUNK_FRAMES,
 ) -> np.ndarray:
+    """F0 of one recording by settings of its own; see ``estimate_one``."""
+    settings = PitchSettings(
+        n_mels, threshold, frames_multiple, mel_padding, chunk_frames
+    )
+    return estimate_one(salience, read, length, settings)
+
+
+def estimate_one(
+    salience: Callable[[Array], Array],
+    read: Reader,
+    length: int,
+    settings: PitchSettings,
+) -> np.ndarray:
     """F0 ``[length // 160 + 1]`` float64 in Hz of one recording; see ``estimate_all``.
 
     ``read`` gives ``[stop - start]`` samples.
     """
-    settings = PitchSettings(
-        n_mels, threshold, frames_multiple, mel_padding, chunk_frames
-    )
     signal = Signal(lambda start, stop: read(start, stop)[None], length)
     return estimate_all(salience, [signal], settings)[0]
 

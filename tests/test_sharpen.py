@@ -1,6 +1,7 @@
 """A voice with less noise and a wider latent: what is folded, and into what."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,14 +72,15 @@ def run(small_models, recordings):
 
 
 @pytest.fixture
-def converter(make_voice, small_models):
-    return load(
-        make_voice(),
-        encoder=small_models.encoder,
-        rmvpe=small_models.rmvpe,
-        device="cpu",
-        precision="f32",
-    )
+def open_voice(small_models):
+    """Loads a voice with the small networks, in float32 on the CPU."""
+    networks = {"encoder": small_models.encoder, "rmvpe": small_models.rmvpe}
+    return partial(load, **networks, device="cpu", precision="f32")
+
+
+@pytest.fixture
+def converter(open_voice, make_voice):
+    return open_voice(make_voice())
 
 
 def observed_latents(converter, audio):
@@ -185,19 +187,13 @@ def test_no_strength_and_all_noise_change_nothing(run, make_voice, tmp_path):
 
 
 def test_less_noise_moves_the_latent_less(
-    run, make_voice, small_models, speech, tmp_path
+    run, make_voice, open_voice, speech, tmp_path
 ):
     before, after = make_voice(), tmp_path / "still.safetensors"
     assert run(before, after, strength=0, noise=0.25) == 0
     spreads = []
     for voice in (before, after):
-        converter = load(
-            voice,
-            encoder=small_models.encoder,
-            rmvpe=small_models.rmvpe,
-            device="cpu",
-            precision="f32",
-        )
+        converter = open_voice(voice)
         one, other = (
             next(latents(converter, speech[:16000], ConversionOptions(seed=seed)))
             for seed in (0, 1)
