@@ -5,8 +5,9 @@ Three of them are worth it, for a recording of 30 seconds:
 * The norm behind the first convolution reads and writes its largest array several times.
   A convolution is linear, so mean and variance over time of its output follow from mean
   and covariance of the ten samples it sees: the norm goes into the weights.
-* Attention of float32 arrays has no quick kernel. float16 has TF32's ten bits of fraction;
-  sums and softmax stay float32. One product makes q, k and v: its launch is what it costs.
+* Attention of float32 arrays has no quick kernel. float16 has TF32's ten bits of fraction,
+  so what a layer makes on its way is float16; what the layers add up to, norms, sums and
+  softmax stay float32. One product makes q, k and v: its launch is what it costs.
 * The positional convolution of 128 taps in 16 groups becomes one product a group, of
   windows that start every 8 frames.
 
@@ -35,7 +36,7 @@ from rvc_mlx.elementwise import (
     on_cuda,
     pack_grid,
 )
-from rvc_mlx.fused_norm import added_norm
+from rvc_mlx.fused_norm import added_norm, cut_norm
 from rvc_mlx.models.contentvec import (
     FIRST_STRIDE,
     HOP_LENGTH,
@@ -128,7 +129,7 @@ def rows_of_features(encoder: ContentVec) -> Rows | None:
 
 
 class ShortAttention(nn.Module):
-    """``Attention`` with one product for q, k and v, and float32 ones cut to float16."""
+    """``Attention`` with one product for q, k and v, its weights cut to its factors' type."""
 
     def __init__(self, attention: nn.Module):
         super().__init__()
@@ -136,6 +137,7 @@ class ShortAttention(nn.Module):
         self.weight = mx.concatenate([part.weight for part in parts])
         self.bias = mx.concatenate([part.bias for part in parts])
         self.out_proj = attention.out_proj
+        self.set_dtype(_factors(self.weight.dtype))
         self._num_heads = attention._num_heads
 
     @property
@@ -147,36 +149,37 @@ class ShortAttention(nn.Module):
         """``[B, F, C]`` to ``[B, F, C]``.
 
         Args:
-            x: frames.
-            mask: ``[1, 1, 1, F]`` of the type of the factors, added to the scores of each
-                frame's attention; None for the kernel of our own, which needs none.
+            x: frames, of the type of the factors.
+            mask: ``[1, 1, 1, F]`` of that type, added to the scores of each frame's
+                attention; None for the kernel of our own, which needs none.
         """
-        qkv = mx.addmm(self.bias, x, self.weight.T).astype(_factors(x.dtype))
+        qkv = mx.addmm(self.bias, x, self.weight.T)
         if mask is None:
             y = attention_kernel.self_attention(qkv, self._num_heads, own_rows())
-            return self.out_proj(y.astype(x.dtype))
+            return self.out_proj(y)
         qkv = mx.unflatten(qkv, -1, (3, self._num_heads, -1))
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, F, C / heads]
         scale = q.shape[-1] ** -0.5
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-        return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2).astype(x.dtype))
+        return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2))
 
 
 class ShortFeedForward(nn.Module):
-    """``FeedForward`` with its GELU in one pass."""
+    """``FeedForward`` with its GELU in one pass, its weights cut as those of attention."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.intermediate_dense = layer.intermediate_dense
         self.output_dense = layer.output_dense
+        self.set_dtype(_factors(layer.output_dense.weight.dtype))
 
     def __call__(self, x: mx.array) -> mx.array:
-        """``[B, F, C]`` to ``[B, F, C]``."""
+        """``[B, F, C]`` to ``[B, F, C]``, both of the type of the factors."""
         return self.output_dense(gelu(self.intermediate_dense(x)))
 
 
 def _factors(dtype: mx.Dtype) -> mx.Dtype:
-    """The type in which attention multiplies numbers of this type."""
+    """The type in which a layer multiplies numbers of this type."""
     return mx.float16 if dtype == mx.float32 else dtype
 
 
@@ -201,7 +204,8 @@ class SteadyEncoder(nn.Module):
 
     def __call__(self, x: mx.array, num_layers: int) -> mx.array:
         """See ``Encoder``."""
-        x = _ended(x, self.pos_conv_embed(x), self.layer_norm)
+        norm = self.layer_norm
+        x = added_norm(x, self.pos_conv_embed(x), norm.weight, norm.bias, norm.eps)
         if self.any_length:
             return self._through(x, None, num_layers)
         frames = x.shape[1]
@@ -211,14 +215,17 @@ class SteadyEncoder(nn.Module):
         return self._through(x, mask, num_layers)[:, :frames]
 
     def _through(self, x: mx.array, mask: mx.array | None, num_layers: int) -> mx.array:
+        cut = x.astype(_factors(x.dtype))
         for layer in self.layers[:num_layers]:
-            x = _ended(x, layer.attention(x, mask), layer.layer_norm)
-            x = _ended(x, layer.feed_forward(x), layer.final_layer_norm)
+            x, cut = _ended(x, layer.attention(cut, mask), layer.layer_norm)
+            x, cut = _ended(x, layer.feed_forward(cut), layer.final_layer_norm)
         return x
 
 
-def _ended(x: mx.array, made: mx.array, norm: nn.LayerNorm) -> mx.array:
-    return added_norm(x, made, norm.weight, norm.bias, norm.eps)
+def _ended(
+    x: mx.array, made: mx.array, norm: nn.LayerNorm
+) -> tuple[mx.array, mx.array]:
+    return cut_norm(x, made, norm.weight, norm.bias, norm.eps)
 
 
 class ProductExtractor(nn.Module):

@@ -135,7 +135,10 @@ def others():
         pack = {"T": dtype, "PACK": elementwise.PACK}
         for channels in (192, 768, 1000):
             row = {"ROWS": 8, "WIDTH": channels // 8, "EACH": -(-channels // 256)}
-            yield fused_norm._KERNEL, 4 * (dtype,), (dtype,), pack | row
+            for cut in dict.fromkeys((dtype, F16)):
+                given = (dtype, cut, dtype, dtype)
+                norm = pack | row | {"S": cut, "CUT": cut != dtype}
+                yield fused_norm._KERNEL, given, (dtype, cut), norm
         yield elementwise.GELU, (dtype,), (dtype,), pack
         yield fused._GELU_BACK, (dtype, dtype), (dtype,), pack
         yield fused_prior.GATE, (dtype,), (dtype,), pack
