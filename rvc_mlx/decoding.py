@@ -69,8 +69,8 @@ class Plan:
 
     def __init__(self, voice: Voice, segments: Sequence[tuple[Segment, Noise]]):
         self._voice, self._segments = voice, segments
-        frames = voice.plan_window if len(segments) == 1 else voice.window_frames
-        self.cuts = [list(_cuts(voice, segment, frames)) for segment, _ in segments]
+        alone = len(segments) == 1
+        self.cuts = [list(_cuts(voice, segment, alone)) for segment, _ in segments]
         self._drawn: dict[tuple[Any, ...], Array] = {}
 
     def draw(self) -> None:
@@ -103,13 +103,13 @@ def plan_of(voice: Voice, pieces: Sequence[Piece]) -> Plan:
     return Plan(voice, [(piece.segment, piece.noise) for piece in pieces])
 
 
-def _cuts(
-    voice: Voice, segment: Segment, window_frames: Callable[[int], int]
-) -> Iterator[Cut]:
+def _cuts(voice: Voice, segment: Segment, alone: bool) -> Iterator[Cut]:
     first = segment.first
+    around = segment.frames - (segment.last - segment.first)
     while first < segment.last:
-        length = window_frames(segment.last - first)
-        kept = min(length - 2 * voice.context, segment.last - first)
+        left = segment.last - first
+        length = voice.plan_window(left, around) if alone else voice.window_frames(left)
+        kept = min(length - 2 * voice.context, left)
         yield Cut(first, length, kept)
         first += kept
 

@@ -48,7 +48,6 @@ Shape = tuple[tuple[int, ...], mx.Dtype]
 _AUDIO_LENGTHS = (320 * 50 + 80, 320 * 51 + 80, 320 * 53 + 80)
 _FRAME_LENGTHS = (50, 51, 70)
 _MEL_LENGTHS = (64, 96, 160)
-_WINDOWS_AN_OCTAVE = 8  # lengths; a vocoder's frames cost more than other networks'
 
 
 def kind_of(tensors: Mapping[str, np.ndarray]) -> str:
@@ -368,13 +367,17 @@ class Voice:
         core = min(most, -(-frames // self.window_step) * self.window_step)
         return core + 2 * self.context
 
-    def plan_window(self, frames: int) -> int:
-        """``window_frames`` for a segment alone: few, whose graphs are soon there."""
-        length = self.window_frames(frames)
-        if not self.few_windows:
-            return length
-        core = few_lengths(length - 2 * self.context, _WINDOWS_AN_OCTAVE)
-        return min(self.window, core + 2 * self.context)
+    def plan_window(self, frames: int, around: int) -> int:
+        """``window_frames`` for a segment alone: few, whose graphs are soon there.
+
+        Args:
+            frames: of the segment that are to come.
+            around: that the other networks hear beside these: so the vocoder meets a new
+                length where they meet one, and not at other times.
+        """
+        if self.few_windows:
+            frames = few_lengths(frames + around) - around
+        return self.window_frames(frames)
 
     def _seam(
         self,

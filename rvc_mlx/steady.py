@@ -42,9 +42,9 @@ class Rows:
     lengthened: Callable[[Sequence[mx.array], int], list[mx.array]]
 
 
-def few_lengths(n: int, an_octave: int = 4) -> int:
-    """``n`` rounded up to one of so many lengths an octave, a multiple of 8."""
-    return steady_length(n, _LEAST, an_octave=an_octave)
+def few_lengths(n: int) -> int:
+    """``n`` rounded up to one of four lengths an octave, a multiple of 8."""
+    return steady_length(n, _LEAST, an_octave=4)
 
 
 @dataclass(frozen=True)

@@ -817,13 +817,29 @@ def test_a_warm_up_on_a_gpu_meets_every_length_twice(
         frames, own = (samples + padded) // 160, samples // 160
         planned = steady_length(frames // 2, 8, 1 << 20), -(-own // 256)
         few = few_lengths(frames), few_lengths(frames // 2)
-        return *planned, *few, voice.plan_window(own)
+        return *planned, *few, voice.plan_window(own, frames - own)
 
     met = list(map(shapes, asked))
     lengths = range(1600, min(round(seconds * 16000), 46 * 16000) + 1, 1600)
     for kind in range(5):
         wanted = {shapes(n)[kind] for n in lengths}
         assert wanted <= {found[kind] for found in met}
+
+
+def test_the_vocoder_meets_a_new_length_with_the_others(small_converter):
+    voice = copy.copy(small_converter.voice)
+    voice.few_windows, voice.window_step = True, 64
+    voice.window = 4608 + 2 * voice.context
+    around = 198
+    met = {
+        (few_lengths(own + around), voice.plan_window(own, around))
+        for own in range(300, 3000)
+    }
+    others, windows = map(set, zip(*met, strict=True))
+    assert len(met) == len(others) == len(windows)
+    assert voice.plan_window(9000, around) == voice.window
+    voice.few_windows = False
+    assert voice.plan_window(300, around) == voice.window_frames(300)
 
 
 def test_too_short_a_warm_up_is_refused(small_converter):

@@ -34,12 +34,6 @@ def test_lengths_are_few():
     assert sorted(set(lengths[1023:])) == [
         *(1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120)
     ]
-    assert [few_lengths(n, 8) for n in (129, 2048, 2049, 4000)] == [
-        144,
-        2048,
-        2304,
-        4096,
-    ]
 
 
 def test_what_is_behind_is_zero():
