@@ -23,7 +23,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from rvc_mlx import attention_kernel
 from rvc_mlx.arrays import steady_length, zeros_behind
@@ -274,16 +273,15 @@ class WindowedEmbedding(nn.Module):
         outputs, K, c = weight.shape
         self._padding, self._groups = layer.conv.padding, groups
         self._blocks = -(-(K + _STEP - 1) // _STEP)
-        kernel = np.array(weight.astype(mx.float32)).reshape(
-            groups, outputs // groups, K, c
-        )
-        moved = np.zeros(
-            (groups, self._blocks * _STEP, c, _STEP, outputs // groups), np.float32
-        )
-        for frame in range(_STEP):
-            moved[:, frame : frame + K, :, frame] = kernel.transpose(0, 2, 3, 1)
-        rows = moved.reshape(groups, -1, _STEP * outputs // groups)
-        self.weight = mx.array(rows).astype(weight.dtype)
+        # [G, K, c, outputs of a group]
+        kernel = weight.reshape(groups, outputs // groups, K, c).transpose(0, 2, 3, 1)
+        spare, none = self._blocks * _STEP - K, (0, 0)
+        moved = [
+            mx.pad(kernel, [none, (frame, spare - frame), none, none])
+            for frame in range(_STEP)
+        ]
+        rows = mx.stack(moved, axis=3)
+        self.weight = rows.reshape(groups, -1, _STEP * outputs // groups)
         self.bias = layer.conv.bias
 
     def __call__(self, x: mx.array) -> mx.array:

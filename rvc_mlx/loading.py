@@ -48,6 +48,7 @@ Shape = tuple[tuple[int, ...], mx.Dtype]
 _AUDIO_LENGTHS = (320 * 50 + 80, 320 * 51 + 80, 320 * 53 + 80)
 _FRAME_LENGTHS = (50, 51, 70)
 _MEL_LENGTHS = (64, 96, 160)
+_EXCITATION = "dec.m_source."  # begins its weights' names
 
 
 def kind_of(tensors: Mapping[str, np.ndarray]) -> str:
@@ -339,6 +340,7 @@ class Voice:
         self.context = vocoder.context
         self.source_context = getattr(vocoder, "source_context", 0)
         self.harmonics = getattr(vocoder, "HARMONICS", 0)
+        self._excitation = getattr(vocoder, "m_source", None)
         self.glides = self.config.vocoder == "RefineGAN"
         self.noise_shapes: list[tuple[int, int]] = (
             vocoder.noise_shapes() if isinstance(vocoder, RefineGANGenerator) else []
@@ -385,7 +387,6 @@ class Voice:
         steps: Callable[[Synthesizer], Sequence[Step]],
         inputs: Callable[[int], Sequence[Shape]],
         lengths: tuple[int, ...],
-        exact: bool = False,
     ) -> Seam:
         def build(dtype: mx.Dtype) -> Sequence[Step]:
             network = self._networks.get(dtype)
@@ -396,7 +397,7 @@ class Voice:
             return steps(network)
 
         identity = fingerprint(self.path, self.config)
-        return Seam(name, identity, build, inputs, lengths, exact)
+        return Seam(name, identity, build, inputs, lengths)
 
     def prior_seam(self) -> Seam:
         """Text encoder, prior sample and inverse flow."""
@@ -421,14 +422,18 @@ class Voice:
             shapes = [(1, T, per_frame), (1, T, 1), (1, 1, H), (1, T * U, H)]
             return [(shape, mx.float32) for shape in shapes]
 
+        def build(dtype: mx.Dtype) -> Sequence[Step]:
+            """Of its own few weights: in half precision the network's are others."""
+            network = nn.Module()
+            network.dec = nn.Module()
+            network.dec.m_source = self._excitation
+            own = {k: v for k, v in self._tensors.items() if k.startswith(_EXCITATION)}
+            _load(lambda: network, own, self.path, dtype)
+            return [network.dec.m_source.from_frames]
+
         length = self.window + 2 * self.source_context
-        return self._seam(
-            "source",
-            lambda net: [net.dec.m_source.from_frames],
-            inputs,
-            (length,),
-            exact=True,
-        )
+        identity = fingerprint(self.path, self.config)
+        return Seam("source", identity, build, inputs, (length,), exact=True)
 
     def vocoder_seam(self) -> Seam:
         """Vocoder of one window."""

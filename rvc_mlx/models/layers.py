@@ -59,8 +59,13 @@ def fold_weight_norm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
                 break
         else:
             is_float = np.issubdtype(value.dtype, np.floating)
-            folded[name] = value.astype(np.float32) if is_float else value
+            folded[name] = _as_float32(value) if is_float else value
     return folded
+
+
+def _as_float32(value: np.ndarray) -> np.ndarray:
+    """As it is where it is so: a whole network's copy takes as long as to read it."""
+    return np.require(value, np.float32, ["ALIGNED"])
 
 
 def _fold(
@@ -68,8 +73,7 @@ def _fold(
 ) -> np.ndarray:
     if stem + v_suffix not in tensors:
         raise ValueError(f"{stem}{g_suffix} has no {v_suffix} beside it")
-    g = tensors[stem + g_suffix].astype(np.float32)
-    v = tensors[stem + v_suffix].astype(np.float32)
+    g, v = (_as_float32(tensors[stem + suffix]) for suffix in (g_suffix, v_suffix))
     axes = tuple(axis for axis in range(v.ndim) if g.shape[axis] == 1)
     return v * (g / np.sqrt(np.square(v).sum(axes, keepdims=True)))
 
@@ -86,13 +90,13 @@ def to_channels_last(
     Returns:
         Tensors as ``mx.array``, ready for a strict ``load_weights``.
     """
-    arrays = dict(tensors)
+    arrays = {name: mx.array(value) for name, value in tensors.items()}
     for path, module in model.named_modules():
         axes = _TRANSPOSES.get(type(module))
         name = f"{path}.weight"
         if axes and name in arrays and arrays[name].ndim == len(axes):
-            arrays[name] = np.ascontiguousarray(arrays[name].transpose(axes))
-    return {name: mx.array(value) for name, value in arrays.items()}
+            arrays[name] = mx.contiguous(arrays[name].transpose(axes))
+    return arrays
 
 
 def to_torch_axes(layer: nn.Module) -> tuple[int, ...]:
