@@ -23,7 +23,7 @@ import mlx.core as mx
 from rvc_mlx.arrays import steady_length
 from rvc_mlx.compiling import Replayed
 
-_LEAST = 8  # rows between lengths
+_LEAST, _MOST = 8, 512  # rows between lengths
 _told = threading.local()
 
 Network = Callable[..., mx.array]
@@ -43,8 +43,8 @@ class Rows:
 
 
 def few_lengths(n: int) -> int:
-    """``n`` rounded up to one of four lengths an octave, a multiple of 8."""
-    return steady_length(n, _LEAST, an_octave=4)
+    """``n`` rounded up to one of four lengths an octave, beyond 4096 of eight and more."""
+    return steady_length(n, _LEAST, _MOST, an_octave=4)
 
 
 @dataclass(frozen=True)
