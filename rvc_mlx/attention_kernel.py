@@ -200,36 +200,41 @@ def supports(width: int) -> bool:
     return width == WIDTH and conv_kernel.supports(16, 3, mx.float16)
 
 
-def self_attention(qkv: mx.array, heads: int, own: OwnRows | None = None) -> mx.array:
-    """Softmax attention of all frames among themselves, its scores scaled by 1/8.
+def self_attention(
+    qkv: mx.array, heads: int, own: OwnRows | None = None, recordings: int = 1
+) -> mx.array:
+    """Softmax attention of a recording's frames among themselves, scores scaled by 1/8.
 
     Sums and softmax are in float32; the weights are rounded for their product.
 
     Args:
-        qkv: queries, keys and values ``[B, F, 3 * heads * 64]``, float16 or bfloat16.
+        qkv: queries, keys and values ``[B * F, 3 * heads * 64]``, float16 or bfloat16.
         heads: of ``WIDTH`` channels.
         own: frames behind these, of which there are some, are not attended to.
+        recordings: ``B``.
 
     Returns:
-        ``[B, F, heads * 64]`` of the dtype of ``qkv``.
+        ``[B * F, heads * 64]`` of the dtype of ``qkv``.
 
     Raises:
         ValueError: shape or dtype do not fit.
     """
-    B, F, width = qkv.shape
+    rows, width = qkv.shape
+    F = rows // recordings
     if (
         qkv.dtype not in (mx.float16, mx.bfloat16)
         or width != 3 * heads * WIDTH
         or not F
+        or rows % recordings
     ):
         raise ValueError(
             f"qkv is {qkv.dtype} {list(qkv.shape)}; the kernel wants float16 or bfloat16 "
-            f"[B, F, {3 * heads * WIDTH}] for {heads} heads"
+            f"[{recordings} * F, {3 * heads * WIDTH}] for {heads} heads"
         )
     (y,) = _KERNEL(
         [qkv, told_kernel(own)],
-        [((B, F, heads * WIDTH), qkv.dtype)],
-        Grid(-(-F // _TILE) * heads, 32 * _WARPS, B, _MEMORY),
+        [((rows, heads * WIDTH), qkv.dtype)],
+        Grid(-(-F // _TILE) * heads, 32 * _WARPS, recordings, _MEMORY),
         scalars=[F, heads, own is not None, WIDTH**-0.5 * _LOG2_E],
         constants={"T": qkv.dtype, **_SIZES},
     )

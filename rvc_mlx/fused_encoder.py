@@ -44,7 +44,7 @@ from rvc_mlx.models.contentvec import (
 )
 from rvc_mlx.normed_conv import normed_convolution
 from rvc_mlx.steady import Rows, own_rows, told_kernel, within
-from rvc_mlx.windows import windows
+from rvc_mlx.windows import linear, windows
 
 _LARGEST_STEP = 1 << 11  # frames between lengths that attention meets
 _STEP = 8  # frames from one window of the positional convolution to the next
@@ -133,34 +133,35 @@ class ShortAttention(nn.Module):
     def __init__(self, attention: nn.Module):
         super().__init__()
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.weight = mx.concatenate([part.weight for part in parts])
-        self.bias = mx.concatenate([part.bias for part in parts])
-        self.out_proj = attention.out_proj
-        self.set_dtype(_factors(self.weight.dtype))
+        weight = mx.concatenate([part.weight for part in parts])
+        bias = mx.concatenate([part.bias for part in parts])
+        self.qkv = _cut(weight, bias)
+        self.out = _cut(attention.out_proj.weight, attention.out_proj.bias)
         self._num_heads = attention._num_heads
 
     @property
     def width(self) -> int:
         """Channels of a head."""
-        return len(self.bias) // 3 // self._num_heads
+        return self.out[0].shape[0] // self._num_heads
 
-    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
-        """``[B, F, C]`` to ``[B, F, C]``.
+    def __call__(self, x: mx.array, mask: mx.array | None, recordings: int) -> mx.array:
+        """``[B * F, C]`` to ``[B * F, C]``.
 
         Args:
             x: frames, of the type of the factors.
             mask: ``[1, 1, 1, F]`` of that type, added to the scores of each frame's
                 attention; None for the kernel of our own, which needs none.
+            recordings: ``B``.
         """
-        qkv = mx.addmm(self.bias, x, self.weight.T)
+        qkv, heads = linear(x, self.qkv), self._num_heads
         if mask is None:
-            y = attention_kernel.self_attention(qkv, self._num_heads, own_rows())
-            return self.out_proj(y)
-        qkv = mx.unflatten(qkv, -1, (3, self._num_heads, -1))
+            y = attention_kernel.self_attention(qkv, heads, own_rows(), recordings)
+            return linear(y, self.out)
+        qkv = qkv.reshape(recordings, -1, 3, heads, self.width)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, F, C / heads]
         scale = q.shape[-1] ** -0.5
         y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-        return self.out_proj(y.transpose(0, 2, 1, 3).flatten(-2))
+        return linear(y.transpose(0, 2, 1, 3).reshape(x.shape), self.out)
 
 
 class ShortFeedForward(nn.Module):
@@ -168,13 +169,19 @@ class ShortFeedForward(nn.Module):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.intermediate_dense = layer.intermediate_dense
-        self.output_dense = layer.output_dense
-        self.set_dtype(_factors(layer.output_dense.weight.dtype))
+        inner, outer = layer.intermediate_dense, layer.output_dense
+        self.inner = _cut(inner.weight, inner.bias)
+        self.outer = _cut(outer.weight, outer.bias)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """``[B, F, C]`` to ``[B, F, C]``, both of the type of the factors."""
-        return self.output_dense(gelu(self.intermediate_dense(x)))
+        """``[rows, C]`` to ``[rows, C]``, both of the type of the factors."""
+        return linear(gelu(linear(x, self.inner)), self.outer)
+
+
+def _cut(weight: mx.array, bias: mx.array) -> tuple[mx.array, mx.array]:
+    """A layer for ``linear``, of the type of its factors."""
+    dtype = _factors(weight.dtype)
+    return weight.T.astype(dtype), bias.astype(dtype)
 
 
 def _factors(dtype: mx.Dtype) -> mx.Dtype:
@@ -214,11 +221,13 @@ class SteadyEncoder(nn.Module):
         return self._through(x, mask, num_layers)[:, :frames]
 
     def _through(self, x: mx.array, mask: mx.array | None, num_layers: int) -> mx.array:
-        cut = x.astype(_factors(x.dtype))
+        rows = x.flatten(0, 1)
+        cut = rows.astype(_factors(x.dtype))
         for layer in self.layers[:num_layers]:
-            x, cut = _ended(x, layer.attention(cut, mask), layer.layer_norm)
-            x, cut = _ended(x, layer.feed_forward(cut), layer.final_layer_norm)
-        return x
+            made = layer.attention(cut, mask, len(x))
+            rows, cut = _ended(rows, made, layer.layer_norm)
+            rows, cut = _ended(rows, layer.feed_forward(cut), layer.final_layer_norm)
+        return rows.reshape(x.shape)
 
 
 def _ended(
@@ -236,24 +245,24 @@ class ProductExtractor(nn.Module):
     def __init__(self, extractor: nn.Module):
         super().__init__()
         self.conv_layers = extractor.conv_layers
+        others = [layer.conv for layer in self.conv_layers[1:]]
+        self._strides = [(conv.weight.shape[1], conv.stride) for conv in others]
+        self._factors = [conv.weight.flatten(1).T for conv in others]
 
     def __call__(self, audio: mx.array) -> mx.array:
         """``[B, L]`` to ``[B, F, C]``."""
-        first, *others = self.conv_layers
+        first, B = self.conv_layers[0], len(audio)
         stride = first.conv.stride
         whole = audio.shape[1] // stride * stride
         x = normed_convolution(audio[:, :whole, None], first.conv, first.layer_norm)
-        for layer in others:
-            x = strided_product(gelu(x), layer.conv.weight, layer.conv.stride)
-        return gelu(x)
-
-
-def strided_product(x: mx.array, weight: mx.array, stride: int) -> mx.array:
-    """``conv1d(x, weight, stride)``: ``[B, L, C_in]`` to ``[B, L', C_out]``."""
-    outputs, taps, _ = weight.shape
-    frames = (x.shape[1] - taps) // stride + 1
-    seen = windows(x, taps, stride=stride, before=0, frames=frames)
-    return seen @ weight.reshape(outputs, -1).T
+        frames, x = x.shape[1], x.flatten(0, 1)
+        for (taps, stride), factors in zip(self._strides, self._factors, strict=True):
+            frames = (frames - taps) // stride + 1
+            x = windows(
+                gelu(x), taps, stride=stride, before=0, frames=frames, recordings=B
+            )
+            x = x @ factors
+        return gelu(x).reshape(B, frames, -1)
 
 
 class WindowedEmbedding(nn.Module):

@@ -32,7 +32,7 @@ from rvc_mlx.models.vits import (
     ResidualCouplingLayer,
 )
 from rvc_mlx.steady import OwnRows, Rows, own_rows, told_kernel
-from rvc_mlx.windows import windows
+from rvc_mlx.windows import linear, windows
 
 _THREADS = 256  # that make a row of scores
 _OFFSETS = 2 * RELATIVE_WINDOW + 1
@@ -200,10 +200,9 @@ def _flows(flow: ResidualCouplingFlow) -> bool:
     return all(width % PACK == 0 for width in widths) and flow.NUM_FLOWS % 2 == 0
 
 
-def split_heads(qkv: mx.array, heads: int) -> list[mx.array]:
-    """``[B, T, 3 C]`` to q ``[B, H, T, D]`` and k and v ``[B, H, T + 2 w, D]``."""
-    B, T, width = qkv.shape
-    D = width // 3 // heads
+def split_heads(qkv: mx.array, heads: int, B: int) -> list[mx.array]:
+    """``[B * T, 3 C]`` to q ``[B, H, T, D]`` and k and v ``[B, H, T + 2 w, D]``."""
+    T, D = len(qkv) // B, qkv.shape[1] // 3 // heads
     long = (B, heads, T + 2 * RELATIVE_WINDOW, D)
     packs = B * heads * long[2] * D // PACK
     return _HEADS(
@@ -272,23 +271,19 @@ class FusedAttention(nn.Module):
         scale = (heads / C) ** 0.5
         parts = (layer.conv_q, layer.conv_k, layer.conv_v)
         weights, biases = [p.weight[:, 0] for p in parts], [p.bias for p in parts]
-        self.weight = mx.concatenate([scale * weights[0], *weights[1:]])
-        self.bias = mx.concatenate([scale * biases[0], *biases[1:]])
-        self.out_weight, self.out_bias = layer.conv_o.weight[:, 0], layer.conv_o.bias
-        self.emb_rel_k, self.emb_rel_v = layer.emb_rel_k[0], layer.emb_rel_v[0]
+        weight = mx.concatenate([scale * weights[0], *weights[1:]])
+        self.qkv = weight.T, mx.concatenate([scale * biases[0], *biases[1:]])
+        self.out = layer.conv_o.weight[:, 0].T, layer.conv_o.bias
+        self.rel_k, self.rel_v = layer.emb_rel_k[0].T, layer.emb_rel_v[0]
         self._num_heads = heads
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        """``[B, T, C]`` to ``[B, T, C]``."""
-        _refuse(mask)
-        B, T, C = x.shape
-        qkv = mx.addmm(self.bias, x, self.weight.T)
-        q, k, v = split_heads(qkv, self._num_heads)
-        scores, offsets = q @ k.swapaxes(-1, -2), q @ self.emb_rel_k.T
+    def __call__(self, x: mx.array, recordings: int) -> mx.array:
+        """``[B * T, C]`` of B recordings to ``[B * T, C]``."""
+        q, k, v = split_heads(linear(x, self.qkv), self._num_heads, recordings)
+        scores, offsets = q @ k.swapaxes(-1, -2), q @ self.rel_k
         weights, nearby = relative_softmax(scores, offsets, own_rows())
-        y = mx.addmm(weights @ v, nearby, self.emb_rel_v)
-        y = y.swapaxes(1, 2).reshape(B, T, C)
-        return mx.addmm(self.out_bias, y, self.out_weight.T)
+        y = mx.addmm(weights @ v, nearby, self.rel_v)
+        return linear(y.swapaxes(1, 2).reshape(x.shape), self.out)
 
 
 class FusedFFN(nn.Module):
@@ -296,16 +291,16 @@ class FusedFFN(nn.Module):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.first = layer.conv_1.weight.flatten(1), layer.conv_1.bias
-        self.second = layer.conv_2.weight.flatten(1), layer.conv_2.bias
+        self.first, self.second = map(_of_windows, (layer.conv_1, layer.conv_2))
         self._taps = layer.conv_1.weight.shape[1]
 
-    def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
-        """``[B, T, C]`` to ``[B, T, C]``."""
-        _refuse(mask)
-        for (weight, bias), slope in ((self.first, 1.0), (self.second, 0.0)):
-            seen = windows(x, self._taps, own=own_rows(), slope=slope)
-            x = mx.addmm(bias, seen, weight.T)
+    def __call__(self, x: mx.array, recordings: int) -> mx.array:
+        """``[B * T, C]`` of B recordings to ``[B * T, C]``."""
+        for layer, slope in ((self.first, 1.0), (self.second, 0.0)):
+            x = windows(
+                x, self._taps, own=own_rows(), slope=slope, recordings=recordings
+            )
+            x = linear(x, layer)
         return x
 
 
@@ -322,14 +317,17 @@ class FusedEncoder(nn.Module):
     def __call__(self, x: mx.array, mask: mx.array | None = None) -> mx.array:
         """``[B, T, C]`` to ``[B, T, C]``."""
         _refuse(mask)
+        rows, B = x.flatten(0, 1), len(x)
         layers = (
             *(self.attn_layers, self.norm_layers_1),
             *(self.ffn_layers, self.norm_layers_2),
         )
         for attend, norm_1, feed, norm_2 in zip(*layers, strict=True):
-            x = added_norm(x, attend(x), norm_1.gamma, norm_1.beta, norm_1._eps)
-            x = added_norm(x, feed(x), norm_2.gamma, norm_2.beta, norm_2._eps)
-        return x
+            made = attend(rows, B)
+            rows = added_norm(rows, made, norm_1.gamma, norm_1.beta, norm_1._eps)
+            made = feed(rows, B)
+            rows = added_norm(rows, made, norm_2.gamma, norm_2.beta, norm_2._eps)
+        return rows.reshape(x.shape)
 
 
 class InvertedFlow(nn.Module):
@@ -354,11 +352,11 @@ class InvertedFlow(nn.Module):
         _refuse(mask)
         if not reverse:
             raise ValueError("this flow runs backwards only; load the voice again")
-        second, first = map(mx.contiguous, mx.split(x, 2, axis=-1))
+        second, first = map(mx.contiguous, mx.split(x.flatten(0, 1), 2, axis=-1))
         for coupling in self.couplings:
-            second = second - coupling(first, g)
+            second = second - coupling(first, g[:, 0])
             first, second = second, first
-        return mx.concatenate([second, first], axis=-1)
+        return mx.concatenate([second, first], axis=-1).reshape(x.shape)
 
 
 class _Shift(nn.Module):
@@ -367,42 +365,43 @@ class _Shift(nn.Module):
     def __init__(self, layer: ResidualCouplingLayer, turned: bool):
         super().__init__()
         wn, order = layer.enc, slice(None, None, -1 if turned else 1)
-        self.pre = mx.contiguous(layer.pre.weight[:, 0, order]), layer.pre.bias
+        self.pre = mx.contiguous(layer.pre.weight[:, 0, order]).T, layer.pre.bias
         self.post = (
-            mx.contiguous(layer.post.weight[order, 0]),
+            mx.contiguous(layer.post.weight[order, 0]).T,
             mx.contiguous(layer.post.bias[order]),
         )
         inner = mx.concatenate([one.bias for one in wn.in_layers])
-        self.condition = wn.cond_layer.weight[:, 0], wn.cond_layer.bias + inner
-        self.in_weights = [one.weight.flatten(1) for one in wn.in_layers]
-        self.res_skip = [(one.weight[:, 0], one.bias) for one in wn.res_skip_layers]
+        self.condition = wn.cond_layer.weight[:, 0].T, wn.cond_layer.bias + inner
+        self.in_weights = [_of_windows(one)[0] for one in wn.in_layers]
+        self.res_skip = [(one.weight[:, 0].T, one.bias) for one in wn.res_skip_layers]
         self._taps = wn.in_layers[0].weight.shape[1]
 
     def __call__(self, x: mx.array, g: mx.array) -> mx.array:
-        """``[B, T, C / 2]`` and speaker ``[B, 1, gin]`` to ``[B, T, C / 2]``."""
-        x = _linear(x, self.pre)
-        conditions = mx.split(_linear(g, self.condition), len(self.in_weights), axis=-1)
+        """``[B * T, C / 2]`` and speakers ``[B, gin]`` to ``[B * T, C / 2]``."""
+        x, B = linear(x, self.pre), len(g)
+        conditions = mx.split(linear(g, self.condition), len(self.in_weights), axis=-1)
         total: mx.array | None = None
         for weight, condition, res_skip in zip(
             self.in_weights, conditions, self.res_skip, strict=True
         ):
-            seen = windows(x, self._taps, own=own_rows())
-            if len(g) == 1:  # as a bias, it costs no launch
-                inner = mx.addmm(condition.flatten(), seen, weight.T)
+            seen = windows(x, self._taps, own=own_rows(), recordings=B)
+            if B == 1:  # as a bias, it costs no launch
+                inner = mx.addmm(condition.flatten(), seen, weight)
             else:
-                inner = seen @ weight.T + condition
-            made = _linear(gated(inner), res_skip)
+                each = (seen @ weight).reshape(B, -1, weight.shape[1])
+                inner = (each + condition[:, None]).flatten(0, 1)
+            made = linear(gated(inner), res_skip)
             if made.shape[-1] == x.shape[-1]:  # the last
                 total = made if total is None else total + made
             else:
                 x, total = add_halves(x, total, made)
         assert total is not None
-        return _linear(total, self.post)
+        return linear(total, self.post)
 
 
-def _linear(x: mx.array, layer: Sequence[mx.array]) -> mx.array:
-    weight, bias = layer
-    return mx.addmm(bias, x, weight.T)
+def _of_windows(layer: nn.Module) -> tuple[mx.array, mx.array]:
+    """Weight and bias of a convolution whose taps lie side by side."""
+    return layer.weight.flatten(1).T, layer.bias
 
 
 def _refuse(mask: mx.array | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from rvc_mlx.cuda_kernel import CudaKernel
@@ -49,6 +51,7 @@ def windows(
     frames: int | None = None,
     own: OwnRows | None = None,
     slope: float = 1.0,
+    recordings: int | None = None,
 ) -> mx.array:
     """``[B, L, C]`` to what each frame sees, ``[B, frames, taps * C]``; zeros outside.
 
@@ -61,25 +64,41 @@ def windows(
         frames: by default one for each position.
         own: positions of ``x`` behind these count as outside.
         slope: of a leaky rectifier for negative values, 0 for a plain one, 1 for none.
+        recordings: ``B``, if ``x`` is rows ``[B * L, C]``; so is the result then.
     """
-    B, L, C = x.shape
+    if recordings is None:
+        B, L, C = x.shape
+    else:
+        B, L, C = recordings, len(x) // recordings, x.shape[1]
     before = taps // 2 if before is None else before
     frames = L if frames is None else frames
+    shape = (B, frames, taps * C) if recordings is None else (B * frames, taps * C)
     limited = own is not None
     if not limited and (stride, before, slope) == (taps, 0, 1) and frames * taps <= L:
-        return x[:, : frames * taps].reshape(B, frames, taps * C)
+        return x.reshape(B, L, C)[:, : frames * taps].reshape(shape)
     packs = B * frames * taps * C // PACK
     if C % PACK or not 0 < packs < 1 << 30 or not on_cuda():
+        x = x.reshape(B, L, C)
         x = x if own is None else within(x, own.count)
-        return _plain(x, taps, stride, before, frames, slope)
+        return _plain(x, taps, stride, before, frames, slope).reshape(shape)
     (y,) = _KERNEL(
         [x, told_kernel(own)],
-        [((B, frames, taps * C), x.dtype)],
+        [(shape, x.dtype)],
         pack_grid(packs),
         scalars=[packs, C // PACK, L, frames, taps, stride, before, limited, slope],
         constants={"T": x.dtype, "PACK": PACK},
     )
     return y
+
+
+def linear(rows: mx.array, layer: Sequence[mx.array]) -> mx.array:
+    """``[rows, C_in]`` through weight ``[C_in, C_out]`` and bias.
+
+    With the weight as a layer holds it, or with three axes, the host would have twice as
+    many operations to queue as there are launches.
+    """
+    weight, bias = layer
+    return mx.addmm(bias, rows, weight)
 
 
 def _plain(

@@ -89,7 +89,7 @@ def test_the_source_attends(tmp_path, rng, monkeypatch, shape, own, dtype):
     monkeypatch.setattr(attention_kernel, "_KERNEL", launch)
     with mx.stream(mx.cpu):
         qkv = operands(rng, *shape, dtype)
-        self_attention(qkv, shape[2], own_rows(own, shape[1]))
+        self_attention(qkv.flatten(0, 1), shape[2], own_rows(own, shape[1]), shape[0])
         ((grid, (frames, heads, limited, scale), constants),) = launched
         bits(qkv).tofile(tmp_path / "qkv")
         exact = int(np.float32(scale).view(np.int32))
@@ -104,13 +104,14 @@ def test_the_source_attends(tmp_path, rng, monkeypatch, shape, own, dtype):
 
 
 def test_what_it_does_not_serve_is_refused():
-    for x in (
-        mx.zeros((1, 5, 192)),
-        mx.zeros((1, 5, 200), mx.float16),
-        mx.zeros((1, 0, 192), mx.float16),
+    for x, recordings in (
+        (mx.zeros((5, 192)), 1),
+        (mx.zeros((5, 200), mx.float16), 1),
+        (mx.zeros((0, 192), mx.float16), 1),
+        (mx.zeros((5, 192), mx.float16), 2),
     ):
         with pytest.raises(ValueError, match="the kernel wants float16 or bfloat16"):
-            self_attention(x, 1)
+            self_attention(x, 1, recordings=recordings)
 
 
 @needs_gpu
@@ -123,5 +124,6 @@ def test_what_it_does_not_serve_is_refused():
 def test_attention_equals_numpy(rng, shape, dtype, part):
     qkv, heads = operands(rng, *shape, dtype), shape[2]
     own = None if part == 1 else max(int(part * shape[1]), 1)
-    y = self_attention(qkv, heads, own_rows(own, shape[1]))
+    rows, told = qkv.flatten(0, 1), own_rows(own, shape[1])
+    y = self_attention(rows, heads, told, shape[0]).reshape(*shape[:2], -1)
     assert worst(y, qkv, heads, own) < tolerance(dtype)

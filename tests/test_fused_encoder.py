@@ -75,13 +75,14 @@ def test_attention_of_its_own_takes_frames_as_they_are(encoder, monkeypatch, dty
     encoder.set_dtype(dtype)
     seen = []
 
-    def attend(qkv, heads, own):
+    def attend(qkv, heads, own, recordings):
         """As the kernel."""
         assert own is None
-        seen.append((qkv.shape, qkv.dtype))
-        q, k, v = mx.unflatten(qkv, -1, (3, heads, -1)).transpose(2, 0, 3, 1, 4)
+        seen.append((qkv.shape, qkv.dtype, recordings))
+        parts = qkv.reshape(recordings, len(qkv) // recordings, 3, heads, -1)
+        q, k, v = parts.transpose(2, 0, 3, 1, 4)
         y = mx.softmax(q @ k.swapaxes(-1, -2) * q.shape[-1] ** -0.5, axis=-1) @ v
-        return y.transpose(0, 2, 1, 3).flatten(-2)
+        return y.transpose(0, 2, 1, 3).reshape(len(qkv), -1)
 
     monkeypatch.setattr(attention_kernel, "supports", lambda width: width == 16)
     monkeypatch.setattr(attention_kernel, "self_attention", attend)
@@ -91,9 +92,9 @@ def test_attention_of_its_own_takes_frames_as_they_are(encoder, monkeypatch, dty
     tolerance = 4e-2 if dtype == mx.bfloat16 else 1e-2
     difference = np.abs(np.array(quick.astype(mx.float32)) - np.array(plain)).max()
     assert difference < tolerance * np.abs(plain).max()
-    shape = (2, plain.shape[1], 3 * CONFIG.hidden_size)
+    shape = (2 * plain.shape[1], 3 * CONFIG.hidden_size)
     factors = mx.float16 if dtype == mx.float32 else dtype
-    assert seen == CONFIG.num_layers * [(shape, factors)]
+    assert seen == CONFIG.num_layers * [(shape, factors, 2)]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])

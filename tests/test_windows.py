@@ -44,6 +44,8 @@ def check(dtype, channels, taps, options):
     found = windows(x, taps, **given)
     assert found.dtype == dtype
     expected = seen(np.array(x.astype(mx.float32)), taps, **options)
+    rows = windows(x.flatten(0, 1), taps, recordings=2, **given)
+    assert mx.array_equal(rows, found.flatten(0, 1))
     found = np.array(found.astype(mx.float32))
     assert found.shape == expected.shape
     tolerance = 1e-6 if dtype == mx.float32 else 8e-3
