@@ -16,6 +16,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from rvc_mlx.checkpoint import read_checkpoint
+
 FOLDER = Path(__file__).with_name("bundled")
 SPEECH = FOLDER / "speech.flac"
 NETWORKS = "rvc-mlx-small"  # in a voice's metadata, for encoder and pitch network
@@ -38,6 +40,18 @@ def bundled_voice(name: str) -> Path:
 def bundled_index(name: str) -> Path:
     """The index of one of ``VOICES``."""
     return FOLDER / f"{name}.index"
+
+
+def word_errors(name: str) -> dict[str, float]:
+    """Words that a recogniser got wrong when one of ``VOICES`` was judged, in %.
+
+    Returns:
+        ``"source"`` and ``"output"``, of strangers' clips, as the voice's file tells it.
+    """
+    judged = read_checkpoint(bundled_voice(name)).metadata["metrics"]["natural"]
+    return {
+        side: judged["words"][f"word_error_{side}"] for side in ("source", "output")
+    }
 
 
 def choose_voice(

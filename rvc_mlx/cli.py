@@ -24,6 +24,7 @@ from rvc_mlx.bundled_models import (
     SPEECH,
     VOICES,
     bundled_voice,
+    word_errors,
 )
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.training.commands import add_commands
@@ -640,10 +641,12 @@ def _add_demo(commands: Any) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    wrong = word_errors(DEMO_VOICE)
     print(
         f"The bundled voice {DEMO_VOICE} is an early one, of small networks that learnt "
-        "from synthetic speech alone: it keeps the melody, but most of its words cannot "
-        "be understood. See the README for real voices.",
+        "from synthetic speech alone: it keeps the melody, but a recogniser gets "
+        f"{wrong['output']:.0f} % of a stranger's words wrong, where it was "
+        f"{wrong['source']:.0f} %. See the README for real voices.",
         flush=True,
     )
     words = ["convert", str(SPEECH), "-o", arguments.output]
