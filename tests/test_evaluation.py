@@ -565,6 +565,24 @@ def test_a_goal_without_a_figure_is_missed():
     ]
 
 
+def test_a_buzz_is_on_its_f0_and_as_loud_as_the_clip(clip):
+    f0 = np.where(np.arange(len(clip) // 160 + 1) % 40 < 20, 120.0, 0.0)
+    made = make_anchors.buzz(clip, f0, 160, 0)
+    assert (made.dtype, made.shape) == (np.float32, clip.shape)
+    levels = [make_anchors._loudness(x) for x in (made, clip)]
+    assert np.corrcoef(levels)[0, 1] > 0.9
+
+    def periodic(start):  # by a period of 120 Hz
+        part = (made / levels[0])[start : start + 2400]
+        return np.corrcoef(part[:-133], part[133:])[0, 1]
+
+    voiced = range(400, len(clip) - 6400, 6400)
+    assert np.median([periodic(start) for start in voiced]) > 0.9
+    assert abs(np.median([periodic(start + 3200) for start in voiced])) < 0.2
+    alone = make_anchors.buzz(clip, np.zeros(5), 160, 0)  # nothing is voiced
+    assert np.isfinite(alone).all()
+
+
 def test_anchors_have_the_noise_they_are_named_after(clip):
     made = make_anchors.damaged(clip, seed=3)
     assert np.array_equal(made["0 source itself"], clip)
