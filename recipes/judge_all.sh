@@ -49,6 +49,11 @@ convert mapped mapped "${both[@]}" --judges f0,speaker,clicks,loudness \
   ${AUDIO:+--audio "$AUDIO/mapped"}
 convert flite flite "${only_slt[@]}" --pictured 0 ${AUDIO:+--audio "$AUDIO/flite"}
 convert own own "${only_rms[@]}" --pictured 0 ${AUDIO:+--audio "$AUDIO/own"}
+melody=$(mktemp -d)
+trap 'rm -rf "$melody"' EXIT
+step "melody" "$python" benchmarks/make_anchors.py "$clips/natural" "$melody" --melody "$rmvpe"
+step "melody, judged" "$python" benchmarks/evaluate_conversion.py "$clips/natural" \
+  --converted "$melody"/* --judges f0 --label melody --pictured 0 --output "$results"
 step pitch "$python" -m recipes.evaluate_pitch "$corpus/pitch-test" --network "$rmvpe" \
   --report "$results/pitch.json"
 step content "$python" -m recipes.evaluate_content "$encoder" "$corpus/content/part-0" \
