@@ -16,8 +16,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from rvc_mlx.checkpoint import read_checkpoint
-
 FOLDER = Path(__file__).with_name("bundled")
 SPEECH = FOLDER / "speech.flac"
 NETWORKS = "rvc-mlx-small"  # in a voice's metadata, for encoder and pitch network
@@ -48,6 +46,8 @@ def word_errors(name: str) -> dict[str, float]:
     Returns:
         ``"source"`` and ``"output"``, of strangers' clips, as the voice's file tells it.
     """
+    from rvc_mlx.checkpoint import read_checkpoint
+
     judged = read_checkpoint(bundled_voice(name)).metadata["metrics"]["natural"]
     return {
         side: judged["words"][f"word_error_{side}"] for side in ("source", "output")
