@@ -232,7 +232,7 @@ def profile_stage(
     families: dict[str, float] = defaultdict(float)
     for name, (ms, _) in kernels.items():
         families[family(name)] += ms
-    # Of another type: a voice's seams share one network, and the engine may have put
+    # Of another type: prior and vocoder share one network, and the engine may have put
     # kernels of its own into that of its type.
     counted = mx.bfloat16 if dtype == mx.float32 else mx.float32
     work = count_work(stage.seam.build(counted), arrays, counted)

@@ -645,8 +645,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(
         f"The bundled voice {DEMO_VOICE} is an early one, of small networks that learnt "
         "from synthetic speech alone: it keeps the melody, but a recogniser gets "
-        f"{wrong['output']:.0f} % of a stranger's words wrong, where it was "
-        f"{wrong['source']:.0f} %. See the README for real voices.",
+        f"{wrong['output']:.0f} % of a stranger's words wrong, and "
+        f"{wrong['source']:.0f} % in the recording itself. See the README for real voices.",
         flush=True,
     )
     words = ["convert", str(SPEECH), "-o", arguments.output]

@@ -3,7 +3,7 @@
 A window brings the vocoder's receptive field as context on both sides, so the result is
 what decoding the whole segment at once would give, in bounded memory. All are as long as
 the engine lets them be, the last one only as long as needed, in the engine's steps, or,
-where a segment goes alone, one of the engine's few lengths.
+where a segment goes alone on a GPU, of a length that follows the other networks'.
 Segments of one length share the networks' calls, and neighbouring windows of one length.
 """
 

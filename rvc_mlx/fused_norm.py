@@ -109,7 +109,7 @@ def _normed(
     C = x.shape[-1]
     fits = whole_packs(x) and C % PACK == 0 and C <= _WIDEST
     if not fits or not x.dtype == weight.dtype == bias.dtype:
-        y = mx.fast.layer_norm(x + added, weight, bias, eps)
+        y = mx.fast.layer_norm(x + added, weight, bias, eps).astype(x.dtype)
         return [y, y.astype(added.dtype)] if cut else [y]
     rows, width = x.size // C, C // PACK
     made = _KERNEL(

@@ -354,7 +354,7 @@ class InvertedFlow(nn.Module):
             raise ValueError("this flow runs backwards only; load the voice again")
         second, first = map(mx.contiguous, mx.split(x.flatten(0, 1), 2, axis=-1))
         for coupling in self.couplings:
-            second = second - coupling(first, g[:, 0])
+            second = second - coupling(first, g[:, 0], len(x))
             first, second = second, first
         return mx.concatenate([second, first], axis=-1).reshape(x.shape)
 
@@ -376,19 +376,19 @@ class _Shift(nn.Module):
         self.res_skip = [(one.weight[:, 0].T, one.bias) for one in wn.res_skip_layers]
         self._taps = wn.in_layers[0].weight.shape[1]
 
-    def __call__(self, x: mx.array, g: mx.array) -> mx.array:
-        """``[B * T, C / 2]`` and speakers ``[B, gin]`` to ``[B * T, C / 2]``."""
-        x, B = linear(x, self.pre), len(g)
+    def __call__(self, x: mx.array, g: mx.array, recordings: int) -> mx.array:
+        """``[B * T, C / 2]`` and speakers ``[B, gin]``, or one for all, to ``[B * T, C / 2]``."""
+        x = linear(x, self.pre)
         conditions = mx.split(linear(g, self.condition), len(self.in_weights), axis=-1)
         total: mx.array | None = None
         for weight, condition, res_skip in zip(
             self.in_weights, conditions, self.res_skip, strict=True
         ):
-            seen = windows(x, self._taps, own=own_rows(), recordings=B)
-            if B == 1:  # as a bias, it costs no launch
+            seen = windows(x, self._taps, own=own_rows(), recordings=recordings)
+            if len(g) == 1:  # as a bias, it costs no launch
                 inner = mx.addmm(condition.flatten(), seen, weight)
             else:
-                each = (seen @ weight).reshape(B, -1, weight.shape[1])
+                each = (seen @ weight).reshape(recordings, -1, weight.shape[1])
                 inner = (each + condition[:, None]).flatten(0, 1)
             made = linear(gated(inner), res_skip)
             if made.shape[-1] == x.shape[-1]:  # the last
@@ -400,7 +400,7 @@ class _Shift(nn.Module):
 
 
 def _of_windows(layer: nn.Module) -> tuple[mx.array, mx.array]:
-    """Weight and bias of a convolution whose taps lie side by side."""
+    """Weight ``[taps * C_in, C_out]`` of a convolution's windows, and bias."""
     return layer.weight.flatten(1).T, layer.bias
 
 

@@ -329,7 +329,7 @@ class Voice:
         self.path = checkpoint.path
         self.metadata = checkpoint.metadata
         self._tensors = synthesizer.sanitize(checkpoint.tensors)
-        # One network for all seams, for as long as an engine keeps a part of it.
+        # One network for prior and vocoder, for as long as an engine keeps a part of it.
         self._networks: WeakValueDictionary[mx.Dtype, Synthesizer] = (
             WeakValueDictionary()
         )
@@ -340,7 +340,6 @@ class Voice:
         self.context = vocoder.context
         self.source_context = getattr(vocoder, "source_context", 0)
         self.harmonics = getattr(vocoder, "HARMONICS", 0)
-        self._excitation = getattr(vocoder, "m_source", None)
         self.glides = self.config.vocoder == "RefineGAN"
         self.noise_shapes: list[tuple[int, int]] = (
             vocoder.noise_shapes() if isinstance(vocoder, RefineGANGenerator) else []
@@ -374,8 +373,8 @@ class Voice:
 
         Args:
             frames: of the segment that are to come.
-            around: that the other networks hear beside these: so the vocoder meets a new
-                length where they meet one, and not at other times.
+            around: of context, which the other networks hear as well: so the vocoder meets
+                a new length where they meet one, and not at other times.
         """
         if self.few_windows:
             frames = few_lengths(frames + around) - around
@@ -423,10 +422,10 @@ class Voice:
             return [(shape, mx.float32) for shape in shapes]
 
         def build(dtype: mx.Dtype) -> Sequence[Step]:
-            """Of its own few weights: in half precision the network's are others."""
+            """The source alone: it stays float32 where the network does not."""
             network = nn.Module()
             network.dec = nn.Module()
-            network.dec.m_source = self._excitation
+            network.dec.m_source = build_vocoder(self.config).m_source
             own = {k: v for k, v in self._tensors.items() if k.startswith(_EXCITATION)}
             _load(lambda: network, own, self.path, dtype)
             return [network.dec.m_source.from_frames]

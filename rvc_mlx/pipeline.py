@@ -41,8 +41,8 @@ from rvc_mlx.spool import Spool
 
 _SHORTEST_WARM_UP = 0.1  # seconds
 # Between lengths of a warm-up: share of a recording, and seconds at least and at most. Lengths
-# that networks meet are a sixteenth apart or more and eight frames at least, a vocoder's
-# windows that are planned 2.56 s at most.
+# that networks meet are a sixteenth apart or more, or 5.12 s, and eight frames at least; a
+# vocoder's windows that are planned are 2.56 s apart at most.
 _WARM_UP_SHARE, _WARM_UP_LEAST, _WARM_UP_STEP = 1 / 17, 0.075, 2.5
 
 

@@ -43,7 +43,7 @@ class Rows:
 
 
 def few_lengths(n: int) -> int:
-    """``n`` rounded up to one of four lengths an octave, beyond 4096 of eight and more."""
+    """``n`` rounded up to a multiple of 8: four lengths an octave, more beyond 4096."""
     return steady_length(n, _LEAST, _MOST, an_octave=4)
 
 

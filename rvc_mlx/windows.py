@@ -1,4 +1,4 @@
-"""What each frame's taps see, side by side: convolutions along time as matrix products."""
+"""Convolutions along time as matrix products: what each frame's taps see, and the product."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def windows(
 
 
 def linear(rows: mx.array, layer: Sequence[mx.array]) -> mx.array:
-    """``[rows, C_in]`` through weight ``[C_in, C_out]`` and bias.
+    """``[rows, C_in]`` to ``[rows, C_out]``; layer: weight ``[C_in, C_out]`` and bias.
 
     With the weight as a layer holds it, or with three axes, the host would have twice as
     many operations to queue as there are launches.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -581,6 +582,24 @@ def test_a_buzz_is_on_its_f0_and_as_loud_as_the_clip(clip):
     assert abs(np.median([periodic(start + 3200) for start in voiced])) < 0.2
     alone = make_anchors.buzz(clip, np.zeros(5), 160, 0)  # nothing is voiced
     assert np.isfinite(alone).all()
+
+
+def test_melodies_are_of_the_network_and_of_the_judge(
+    clip, small_models, tmp_path, monkeypatch
+):
+    heard = flat([150.0] * (len(clip) // 256), [1] * (len(clip) // 256))
+    monkeypatch.setattr(judge_pitch, "track", lambda samples: heard)
+    (tmp_path / "clips").mkdir()
+    soundfile.write(tmp_path / "clips" / "one.wav", clip, 16000)
+    words = [tmp_path / "clips", tmp_path / "out", "--melody", small_models.rmvpe]
+    make_anchors.main([*map(str, words)])
+    made = sorted((tmp_path / "out").glob("*/*.wav"))
+    names = ["1 F0 of the network", "2 F0 of the judge"]
+    assert [path.parent.name for path in made] == names
+    samples, rate = soundfile.read(made[1], dtype="float32")
+    assert (len(samples), rate) == (len(clip), 16000)
+    part = (samples / make_anchors._loudness(samples))[4000:8000]
+    assert np.corrcoef(part[:-320], part[320:])[0, 1] > 0.9  # three periods
 
 
 def test_anchors_have_the_noise_they_are_named_after(clip):

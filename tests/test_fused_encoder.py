@@ -45,7 +45,7 @@ def test_features_are_the_plain_encoders(encoder, version, length):
     fused_encoder.quicken(encoder)
     quick = encoder(audio(length), version)
     assert quick.shape == plain.shape
-    # Attention's factors have ten bits of fraction.
+    # A layer's factors have ten bits of fraction.
     assert np.abs(quick - plain).max() < 2e-3 * np.abs(plain).max()
 
 
@@ -94,6 +94,10 @@ def test_attention_of_its_own_takes_frames_as_they_are(encoder, monkeypatch, dty
     assert difference < tolerance * np.abs(plain).max()
     shape = (2 * plain.shape[1], 3 * CONFIG.hidden_size)
     factors = mx.float16 if dtype == mx.float32 else dtype
+    for layer in encoder.encoder.layers:
+        cut = (layer.attention.qkv, layer.attention.out)
+        cut += (layer.feed_forward.inner, layer.feed_forward.outer)
+        assert {part.dtype for one in cut for part in one} == {factors}
     assert seen == CONFIG.num_layers * [(shape, factors, 2)]
 
 

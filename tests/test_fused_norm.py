@@ -58,8 +58,9 @@ def test_the_sum_is_normed(rng, shape):
 def test_the_sum_is_normed_and_cut(rng, added):
     with mx.stream(mx.cpu):
         check_cut(operands(rng, (2, 3, 192), mx.float32, added), 1e-5)
-        given = operands(rng, (2, 3, 8), mx.float16)
-        y, cut = cut_norm(*given, EPS)
+        y, cut = cut_norm(*operands(rng, (2, 3, 8), mx.bfloat16, mx.float16), EPS)
+        assert (y.dtype, cut.dtype) == (mx.bfloat16, mx.float16)
+        y, cut = cut_norm(*operands(rng, (2, 3, 8), mx.float16), EPS)
     assert cut is y
 
 

@@ -84,6 +84,17 @@ def test_the_prior_is_put_together_as_the_model_has_it(B, monkeypatch):
     np.testing.assert_allclose(found / scale, np.array(expected) / scale, atol=2e-5)
 
 
+def test_one_speaker_serves_several_recordings(monkeypatch):
+    for name, plain in PLAIN.items():
+        monkeypatch.setattr(fused_prior, name, plain)
+    network = voice()
+    x, g = mx.random.normal((3, 20, 64)), mx.random.normal((1, 1, 128))
+    expected = network.flow(x, g, mx.ones((3, 20, 1)), reverse=True)
+    fused_prior.quicken(network)
+    found = network.flow(x, g, reverse=True)
+    assert mx.abs(found - expected).max() < 2e-5 * mx.abs(expected).max()
+
+
 def test_a_width_that_is_no_multiple_of_8_stays_as_it_is():
     network = voice()
     network.enc_p.encoder = Encoder(64, 100, 2, 1, 3)

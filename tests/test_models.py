@@ -309,6 +309,18 @@ def test_folding_is_done_in_float32_and_leaves_integers():
     np.testing.assert_allclose(half["x.weight"], exact, rtol=1e-6)
 
 
+def test_what_is_float32_is_not_copied_unless_it_lies_askew():
+    value = normal(3, 4)
+    value.flags.writeable = False
+    askew = np.zeros(17, np.uint8)[1:].view(np.float32)
+    turned = normal(3, 4).T[::-1]
+    found = fold_weight_norm({"a": value, "b": askew, "c": turned})
+    assert found["a"] is value
+    assert found["b"].flags.aligned
+    assert mx.array_equal(mx.array(found["c"]), mx.array(turned.copy()))
+    assert mx.array_equal(mx.array(found["a"]), mx.array(value.copy()))
+
+
 @pytest.mark.parametrize(
     ("given", "lost"),
     [

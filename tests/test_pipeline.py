@@ -5,6 +5,7 @@ Everything runs on the small models (real networks, few channels, random weights
 
 import copy
 
+import mlx.core as mx
 import numpy as np
 import pytest
 import soundfile
@@ -840,6 +841,13 @@ def test_the_vocoder_meets_a_new_length_with_the_others(small_converter):
     assert voice.plan_window(9000, around) == voice.window
     voice.few_windows = False
     assert voice.plan_window(300, around) == voice.window_frames(300)
+
+
+def test_a_source_of_another_type_leaves_the_first_as_it_is(small_converter):
+    seam = small_converter.voice.source_seam()
+    [first], [other] = seam.build(mx.float32), seam.build(mx.bfloat16)
+    kinds = [step.__self__.merge_layer.weight.dtype for step in (first, other)]
+    assert kinds == [mx.float32, mx.bfloat16]
 
 
 def test_too_short_a_warm_up_is_refused(small_converter):

@@ -33,8 +33,9 @@ activations have the scale of trained ones; time does not depend on the values.
   turns (file to file: each in a process of its own); tables show medians, the files every
   sample.
 - `tf32` means that float32 products may use TF32, on both sides; `f32` that neither may.
-  Where it may, ours multiplies numbers of float16 in attention and in the vocoder's residual
-  blocks: they have as many bits of fraction, and all sums are float32. `default` is
+  Where it may, ours multiplies numbers of float16 in the content encoder's layers, the pitch
+  network's convolutions and the vocoder's residual blocks: they have as many bits of fraction,
+  and all sums are float32. `default` is
   PyTorch's float32 as it comes, with TF32 in convolutions alone.
 - *First run ever* includes the compilation of the networks, which is kept; *cold* is a
   fresh process from its start to the written file; *warm* is the next conversion.

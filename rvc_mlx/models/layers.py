@@ -37,7 +37,8 @@ def fold_weight_norm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
         tensors: checkpoint tensors by name, any float dtype, torch layout.
 
     Returns:
-        The same mapping with pairs folded, every float tensor as float32.
+        The same mapping with pairs folded, every float tensor as float32: the given one
+        itself where it is so, and may be read-only.
 
     Raises:
         ValueError: a pair is incomplete.
@@ -64,8 +65,11 @@ def fold_weight_norm(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
 
 
 def _as_float32(value: np.ndarray) -> np.ndarray:
-    """As it is where it is so: a whole network's copy takes as long as to read it."""
-    return np.require(value, np.float32, ["ALIGNED"])
+    """``value`` itself if it is aligned, contiguous float32, else a copy.
+
+    To copy a whole network takes as long as to read it.
+    """
+    return np.require(value, np.float32, ["ALIGNED", "C_CONTIGUOUS"])
 
 
 def _fold(
