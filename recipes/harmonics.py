@@ -1,10 +1,14 @@
 """Speech with an exactly known F0: a sum of harmonics on a chosen contour, plus noise.
 
+Roughness makes it creak: pulses come early or late, and every second one is weaker and late.
+F0 stays that of the pulses, as one hears it while neighbours are not too unlike.
+
 The spectral envelope and the aperiodicity of a recording (WORLD's analysis) are kept,
 its pitch is replaced. Harmonic h has the phase ``h * 2 pi * integral(f0)``, so F0 is the
 contour by construction; pulses that WORLD itself writes jitter by 10 to 20 cents.
 
-Source: Morise et al. 2016 (WORLD), for the analysis and the gain of a pulse train.
+Source: Morise et al. 2016 (WORLD), for the analysis and the gain of a pulse train; Titze
+1995, "Workshop on Acoustic Voice Analysis", for jitter and subharmonics of a voice.
 """
 
 from __future__ import annotations
@@ -27,6 +31,10 @@ _PERIODIC_BAND = 100.0, 1500.0  # Hz, where aperiodicity decides about voicing
 _LARGEST_APERIODICITY = 0.5
 _RANGE_DB = 50.0  # frames that much below the loudest are unvoiced
 _NOISE_FFT = 320  # samples: 20 ms
+_JITTER_HOP = 160  # samples from one random deviation of F0 to the next
+# A rough stretch and what lies between, seconds; and its ends.
+_ROUGH_SECONDS, _ROUGH_ENDS = (0.1, 0.6), 0.03
+_MOST_WEAKER, _MOST_LATE, _MOST_JITTER = 0.5, 0.5, 0.03
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,36 @@ class Analysis:
     voiced: np.ndarray
     envelope: np.ndarray
     aperiodicity: np.ndarray
+
+
+@dataclass(frozen=True)
+class Roughness:
+    """How unlike neighbouring pulses are, each ``[T]``.
+
+    Attributes:
+        weaker: amplitude of the half frequency's modulation, 0..1.
+        late: by how much of its phase, radians, the half frequency moves the fundamental.
+        jitter: standard deviation of F0, as a share of it.
+    """
+
+    weaker: np.ndarray
+    late: np.ndarray
+    jitter: np.ndarray
+
+
+def random_roughness(frames: int, rng: np.random.Generator) -> Roughness:
+    """Stretches of a creaking voice, and smooth ones between them."""
+    on, places = np.zeros(frames), 0
+    rough = rng.random() < 0.5
+    while places < frames:
+        length = int(rng.uniform(*_ROUGH_SECONDS) / FRAME_SECONDS)
+        on[places : places + length] = rough
+        places, rough = places + length, not rough
+    ends = np.hanning(2 * round(_ROUGH_ENDS / FRAME_SECONDS) + 3)
+    on = np.convolve(on, ends / ends.sum(), mode="same")[:frames]
+    most = np.array([_MOST_WEAKER, _MOST_LATE, _MOST_JITTER])
+    weaker, late, jitter = (rng.uniform(0, most))[:, None] * on
+    return Roughness(weaker, late, jitter)
 
 
 @cache
@@ -93,7 +131,10 @@ def warp_formants(analysis: Analysis, ratio: float) -> Analysis:
 
 
 def resynthesise(
-    analysis: Analysis, contour: np.ndarray, rng: np.random.Generator
+    analysis: Analysis,
+    contour: np.ndarray,
+    rng: np.random.Generator,
+    rough: Roughness | None = None,
 ) -> np.ndarray:
     """Speech of an analysis with F0 on ``contour``.
 
@@ -101,6 +142,7 @@ def resynthesise(
         analysis: ``T`` frames; its ``voiced`` opens and closes the harmonics.
         contour: ``[T]`` Hz everywhere, also where unvoiced.
         rng: noise, and the harmonics' phases (all alike in half of the calls).
+        rough: of ``T`` frames; None for a voice whose pulses are alike.
 
     Returns:
         ``[(T - 1) * F0_HOP]`` float64.
@@ -108,7 +150,13 @@ def resynthesise(
     voiced = analysis.voiced.astype(np.float64)
     f0 = _upsample(np.log(contour))
     np.exp(f0, out=f0)
-    phasor = np.exp(2j * np.pi * np.cumsum(f0) / SAMPLE_RATE).astype(np.complex64)
+    shaken = f0 if rough is None else f0 * (1 + _jitter(rough, len(f0), rng))
+    angle = 2 * np.pi * np.cumsum(shaken) / SAMPLE_RATE
+    pulses = 1.0
+    if rough is not None:
+        pulses = 1 + _upsample(rough.weaker) * np.cos(angle / 2)
+        angle += _upsample(rough.late) * np.sin(angle / 2)
+    phasor = np.exp(1j * angle).astype(np.complex64)
     last = analysis.envelope.shape[1] - 1
     amplitude = np.sqrt(
         analysis.envelope * np.clip(1 - analysis.aperiodicity**2, 0, 1)
@@ -130,7 +178,14 @@ def resynthesise(
         envelope = _upsample((level * gain * below).astype(np.float32))
         phase = np.complex64(np.exp(1j * rng.uniform(-np.pi, np.pi) * scatter))
         out += envelope * (turning * phase).real
-    return out + _noise(analysis, len(out), rng)
+    return out * pulses + _noise(analysis, len(out), rng)
+
+
+def _jitter(rough: Roughness, length: int, rng: np.random.Generator) -> np.ndarray:
+    """``[length]`` deviations of F0, as shares of it."""
+    places = np.arange(0, length + _JITTER_HOP, _JITTER_HOP)
+    steps = np.interp(np.arange(length), places, rng.standard_normal(len(places)))
+    return _upsample(rough.jitter) * steps
 
 
 def _upsample(values: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 Clips of the speech corpus keep their spectral envelopes and get other contours; several
 per clip, since the analysis costs more than the synthesis. Shards that exist are kept.
+``--rough`` makes a share of them creak, as many a person's voice does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from recipes.contours import random_contour
 from recipes.corpus import Clip, Shard, find_shards, make_clip, read_shard, write_shard
 from recipes.exporting import corpus_packages, write_provenance
-from recipes.harmonics import analyse, resynthesise, warp_formants
+from recipes.harmonics import analyse, random_roughness, resynthesise, warp_formants
 from rvc_mlx.audio import SAMPLE_RATE
 
 log = logging.getLogger("recipes")
@@ -28,12 +29,15 @@ _LONGEST = 6 * SAMPLE_RATE  # samples used of a clip
 _LEAST_VOICED = 0.15  # share of frames
 
 
-def sung_clips(samples: np.ndarray, rng: np.random.Generator) -> list[Clip]:
+def sung_clips(
+    samples: np.ndarray, rng: np.random.Generator, rough: float = 0.0
+) -> list[Clip]:
     """A recording on several contours, formants warped; none if it is hardly voiced.
 
     Args:
         samples: ``[n]`` float32 at 16 kHz.
         rng: source of randomness.
+        rough: share of them whose voice creaks.
     """
     analysis = analyse(samples)
     if analysis.voiced.mean() < _LEAST_VOICED:
@@ -42,9 +46,12 @@ def sung_clips(samples: np.ndarray, rng: np.random.Generator) -> list[Clip]:
     for _ in range(_CONTOURS):
         warped = warp_formants(analysis, np.exp(rng.uniform(np.log(0.8), np.log(1.25))))
         contour = random_contour(analysis, rng)
+        creak = None
+        if rough and rng.random() < rough:  # without it, the draws are as they were
+            creak = random_roughness(len(contour), rng)
         clips.append(
             make_clip(
-                resynthesise(warped, contour, rng),
+                resynthesise(warped, contour, rng, creak),
                 f0=contour,
                 voiced=analysis.voiced,
             )
@@ -53,7 +60,12 @@ def sung_clips(samples: np.ndarray, rng: np.random.Generator) -> list[Clip]:
 
 
 def make_shard(
-    source: Path, stem: Path, minutes: float, seed: int, deadline: float
+    source: Path,
+    stem: Path,
+    minutes: float,
+    seed: int,
+    deadline: float,
+    rough: float = 0.0,
 ) -> str:
     """Write one shard from clips of ``source`` unless it exists or the time is over.
 
@@ -70,7 +82,7 @@ def make_shard(
     clips: list[Clip] = []
     seconds = 0.0
     for index in rng.permutation(len(shard.clips)):
-        made = sung_clips(_one_clip(shard, index), rng)
+        made = sung_clips(_one_clip(shard, index), rng, rough)
         clips += made
         seconds += sum(len(clip.samples) for clip in made) / SAMPLE_RATE
         if seconds >= 60 * minutes:
@@ -98,11 +110,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=1e6, help="then start no more")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--rough", type=float, default=0.0, help="share whose voice creaks (default: 0)"
+    )
     options = parser.parse_args(arguments)
+    if not 0 <= options.rough <= 1:
+        raise ValueError(f"--rough {options.rough:g}; expected a share, 0 to 1")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     # What spoke is not only what is installed now.
     made_with = corpus_packages([options.speech])
-    write_provenance(options.folder, options.seed, others=made_with)
+    told = {"rough": options.rough} if options.rough else {}
+    write_provenance(options.folder, options.seed, others=made_with, **told)
     deadline = time.time() + 60 * options.minutes
     sources = [
         path
@@ -120,6 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
                 options.shard_minutes,
                 options.seed,
                 deadline,
+                options.rough,
             )
             for i, index in enumerate(order)
         ]

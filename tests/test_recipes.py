@@ -1185,6 +1185,64 @@ def test_resynthesis_has_the_f0_of_its_contour(harmonics, kind, rng):
     assert np.median(np.abs(cents[strong[1:]])) < 2
 
 
+def test_a_creaking_voice_has_the_half_frequency_too(harmonics, rng):
+    analysis = harmonics.analyse(vowel())
+    T = len(analysis.f0)
+    contour = np.full(T, 160.0)
+
+    def line(hertz, **how):
+        parts = dict.fromkeys(("weaker", "late", "jitter"), np.zeros(T))
+        rough = harmonics.Roughness(**{**parts, **how})
+        speech = harmonics.resynthesise(analysis, contour, rng, rough)
+        spectrum = np.abs(np.fft.rfft(speech * np.hanning(len(speech))))
+        place = round(hertz * len(speech) / RATE)
+        return spectrum[place - 1 : place + 2].max()
+
+    half = np.full(T, 0.4)
+    smooth = line(160)
+    assert line(80) < 0.02 * smooth
+    for how in ({"weaker": half}, {"late": half}):
+        assert line(80, **how) > 0.1 * smooth
+        assert line(160, **how) > 0.8 * smooth
+    assert line(1440, jitter=np.full(T, 0.02)) < 0.7 * line(1440)
+
+
+def test_roughness_comes_in_stretches(harmonics):
+    made = [
+        harmonics.random_roughness(2000, np.random.default_rng(seed))
+        for seed in range(9)
+    ]
+    for rough in made:
+        for values, most in (
+            *((rough.weaker, 0.5), (rough.late, 0.5), (rough.jitter, 0.03)),
+        ):
+            assert values.shape == (2000,)
+            assert 0 <= values.min() < values.max() <= most
+    share = np.mean([(r.weaker > r.weaker.max() / 2).mean() for r in made])
+    assert 0.3 < share < 0.7
+
+
+def test_a_share_of_the_clips_creaks(harmonics, monkeypatch):
+    from recipes import make_pitch_corpus
+
+    drawn = []
+    monkeypatch.setattr(
+        make_pitch_corpus,
+        "random_roughness",
+        lambda frames, rng: (
+            drawn.append(frames) or harmonics.random_roughness(frames, rng)
+        ),
+    )
+    smooth = make_pitch_corpus.sung_clips(vowel(), np.random.default_rng(3))
+    assert not drawn
+    rough = make_pitch_corpus.sung_clips(vowel(), np.random.default_rng(3), 1.0)
+    assert len(drawn) == len(rough) == len(smooth)
+    assert np.array_equal(rough[0].f0, smooth[0].f0)
+    assert not np.array_equal(rough[0].samples, smooth[0].samples)
+    with pytest.raises(ValueError, match="--rough 2; expected a share"):
+        make_pitch_corpus.main(["speech", "pitch", "--rough", "2"])
+
+
 def test_unvoiced_frames_get_no_harmonics(harmonics, rng):
     analysis = harmonics.analyse(vowel())
     silent = harmonics.Analysis(
