@@ -25,6 +25,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,7 @@ from rvc_mlx.decoding import plan_of, sample_latents
 from rvc_mlx.engine import DEVICES
 from rvc_mlx.job import Job, Nets, prepare_all
 from rvc_mlx.loading import PitchNet, read_weights
+from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
 from rvc_mlx.pitch import estimate_one
 from rvc_mlx.segments import FRAME
@@ -80,39 +82,44 @@ class Spread(NamedTuple):
 
 
 def latents(
-    converter: VoiceConverter, audio: np.ndarray, options: ConversionOptions
+    converter: VoiceConverter,
+    audio: np.ndarray,
+    options: Sequence[ConversionOptions],
 ) -> Iterator[np.ndarray]:
-    """What a conversion gives the vocoder for a recording, without an index.
+    """What conversions give the vocoder for a recording, without an index.
 
     The noise is the host's, also where a GPU converts and would draw its own.
 
     Args:
         converter: of the voice.
         audio: ``[n]`` float32 at 16 kHz.
-        options: of the conversion.
+        options: of each conversion, alike but for the seed.
 
     Yields:
-        The latent ``[T, inter_channels]`` float32 of each segment, 100 frames per second,
-        without its context.
+        The latents ``[conversions, T, inter_channels]`` float32 of each segment, 100 frames per
+        second, without its context.
 
     Raises:
         ValueError: the recording is too short, or options do not fit the voice.
     """
     voice, encoder = converter.voice, converter.encoder
     nets = Nets(voice, encoder, converter.pitch_net, None)
-    with Job(nets, Spool.around(audio), len(audio), SAMPLE_RATE, options) as job:
+    with Job(nets, Spool.around(audio), len(audio), SAMPLE_RATE, options[0]) as job:
         prepare_all(nets, [job])
         if job.failure:
             raise job.failure
         if nets.pitch_net is not None:
-            job.take_f0(_f0(nets.pitch_net, job, options))
+            job.take_f0(_f0(nets.pitch_net, job, options[0]))
         for segment in job.segments:
             heard = job.heard_on_host(segment.start, segment.start + segment.samples)
             features = np.repeat(encoder.encode(heard, voice.config.version), 2, axis=0)
-            piece = job.piece(segment)
-            plan = plan_of(voice, [piece])
-            z = sample_latents(voice, features[None, : segment.frames], [piece], plan)
-            yield to_host(z)[0, segment.first : segment.last]
+            made = []
+            for one in options:
+                piece = replace(job.piece(segment), noise=Noise(one.seed))
+                plan, given = plan_of(voice, [piece]), features[None, : segment.frames]
+                z = to_host(sample_latents(voice, given, [piece], plan))
+                made.append(z[0, segment.first : segment.last])
+            yield np.stack(made)
 
 
 def _f0(net: PitchNet, job: Job, options: ConversionOptions) -> np.ndarray:
@@ -142,17 +149,16 @@ def spread_of(
         ValueError: one does not fit; names it.
         OSError: one cannot be read.
     """
-    seeds = [ConversionOptions(seed=n) for n in (seed, seed + 1)]
+    options = [ConversionOptions(seed=n) for n in (seed, seed + 1)]
     sums, frames = np.zeros((3, converter.voice.config.inter_channels)), 0
     for path in recordings:
         audio = load_audio(path)
         try:
-            made = [list(latents(converter, audio, options)) for options in seeds]
+            made = list(latents(converter, audio, options))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        one, other = (
-            np.concatenate(z)[audible(audio)].astype(np.float64) for z in made
-        )
+        heard = np.concatenate(made, axis=1)[:, audible(audio)]
+        one, other = heard.astype(np.float64)
         middle, half = (one + other) / 2, (one - other) / 2
         sums += [part.sum(axis=0) for part in (middle, middle**2, half**2)]
         frames += len(one)

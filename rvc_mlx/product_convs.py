@@ -17,9 +17,9 @@ import mlx.nn as nn
 import numpy as np
 
 from rvc_mlx import fused_waveform
-from rvc_mlx.arrays import steady_length
 from rvc_mlx.conv_kernel import supports
 from rvc_mlx.models.nsf_hifigan import HiFiGAN
+from rvc_mlx.steady import few_lengths
 from rvc_mlx.windows import windows
 
 _FEW_ROWS = 1 << 16  # for more the library takes one kernel, whatever their number
@@ -93,9 +93,8 @@ class ProductUp(nn.Module):
 
 def _rows(batch: int, frames: int) -> int:
     """Rows of a product for so many frames: few lengths, for which few kernels load."""
-    if batch > 1 or frames > _FEW_ROWS:
-        return frames
-    return steady_length(frames, 8, an_octave=4)
+    few = batch == 1 and frames <= _FEW_ROWS
+    return few_lengths(frames, most=None) if few else frames
 
 
 def serves(vocoder: nn.Module) -> bool:

@@ -42,9 +42,9 @@ class Rows:
     lengthened: Callable[[Sequence[mx.array], int], list[mx.array]]
 
 
-def few_lengths(n: int) -> int:
-    """``n`` rounded up to a multiple of 8: four lengths an octave, more beyond 4096."""
-    return steady_length(n, _LEAST, _MOST, an_octave=4)
+def few_lengths(n: int, most: int | None = _MOST) -> int:
+    """``n`` rounded up to a multiple of 8: four lengths an octave, at most ``most`` apart."""
+    return steady_length(n, _LEAST, most, an_octave=4)
 
 
 @dataclass(frozen=True)
