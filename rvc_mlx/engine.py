@@ -197,7 +197,7 @@ class MLXEngine:
         ample: a segment is one window then.
         """
         if self._quickens and product_convs.serves(vocoder):
-            return WindowSizes(4608, 64, few=True)
+            return WindowSizes(4608, 8, few=True)
         return WindowSizes(self.window_frames, self.window_step)
 
     def noise(self, seed: int) -> Noise:

@@ -122,7 +122,7 @@ def test_windows_are_long_where_no_length_is_planned(monkeypatch):
     engine = MLXEngine(mx.Device(mx.cpu), "f16")
     assert engine.windows(1) == engine.windows(2) == (3072, 256, False)
     engine = on_cuda(monkeypatch)
-    assert engine.windows(1) == (4608, 64, True)
+    assert engine.windows(1) == (4608, 8, True)
     assert engine.windows(2) == (3072, 256, False)
     engine._fast_products = False
     assert engine.windows(1) == (3072, 256, False)
