@@ -90,30 +90,42 @@ def within(x: mx.array, count: mx.array) -> mx.array:
 class Steady:
     """A network of one sequence, that computes any length as one of few.
 
-    Several sequences together are computed as they are: they have been made alike.
+    Several sequences together are computed as they are: they have been made alike. Those
+    shapes are many, and most are met once; of one sequence they are few, and kept at once.
 
     Args:
         network: of arrays ``[B, ...]`` to ``[B, T, C]``; asks ``own_rows``.
-        rows: of its inputs.
+        rows: of its inputs; None if these have few lengths already.
 
     Raises:
         RuntimeError: see ``Replayed``.
     """
 
-    def __init__(self, network: Network, rows: Rows):
-        def told(count: mx.array, *arrays: mx.array) -> mx.array:
-            # The array stands for any count, so the rows come from the inputs' shapes.
-            with telling(OwnRows(count, rows.own(*arrays)[0])):
-                return network(*arrays)
-
+    def __init__(self, network: Network, rows: Rows | None):
         self._rows = rows
-        self._longer = Replayed(told, at_once=True)
+        self._longer = Replayed(_told_network(network, rows), at_once=True)
         self._several = Replayed(network)
 
     def __call__(self, *arrays: mx.array) -> mx.array:
         """As the network, to rounding; may still be computing."""
         if len(arrays[0]) > 1:
             return self._several(*arrays)
+        if self._rows is None:
+            return self._longer(*arrays)
         own = self._rows.own(*arrays)
         longer = self._rows.lengthened(arrays, few_lengths(own[0]))
         return self._longer(mx.array(own, mx.int32), *longer)[:, : own[0]]
+
+
+def _told_network(network: Network, rows: Rows | None) -> Network:
+    """The network behind an array more, which says how many rows are the inputs' own."""
+    if rows is None:
+        return network
+    own = rows.own
+
+    def told(count: mx.array, *arrays: mx.array) -> mx.array:
+        # The array stands for any count, so the rows come from the inputs' shapes.
+        with telling(OwnRows(count, own(*arrays)[0])):
+            return network(*arrays)
+
+    return told
