@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -35,7 +35,8 @@ from rvc_mlx.models.refinegan import RefineGANGenerator
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
 from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
-from rvc_mlx.pitch import PitchSettings
+from rvc_mlx.options import ConversionOptions
+from rvc_mlx.pitch import VOICING_THRESHOLD, PitchSettings
 from rvc_mlx.spectral import HOP_LENGTH, log_mel
 from rvc_mlx.steady import few_lengths
 
@@ -306,12 +307,27 @@ class PitchNet:
         )
 
 
+class Asked(NamedTuple):
+    """What a voice asks of a conversion that leaves it to the voice; by default RVC's.
+
+    Attributes:
+        f0_threshold: of ``ConversionOptions``, above 0.
+        f0_onset: likewise, 0 or more.
+        f0_offset: likewise.
+    """
+
+    f0_threshold: float = VOICING_THRESHOLD
+    f0_onset: int = 0
+    f0_offset: int = 0
+
+
 class Voice:
     """A voice bound to an engine.
 
     Attributes:
         path: its file.
         config: its sizes.
+        asks: what it asks of a conversion.
         window: most frames of latent that the vocoder takes at once.
         window_step: windows are a multiple of it.
         few_windows: whether a segment alone has windows of few lengths.
@@ -334,6 +350,7 @@ class Voice:
             WeakValueDictionary()
         )
         self.config = voice_config(checkpoint)
+        self.asks = asked_by(checkpoint)
         self.speakers = self._tensors["emb_g.weight"].astype(np.float32)
         vocoder = build_vocoder(self.config)  # for its sizes; never evaluated
         assert isinstance(vocoder, HiFiGAN | RefineGANGenerator)
@@ -466,3 +483,25 @@ def voice_config(checkpoint: Checkpoint) -> SynthesizerConfig:
         return SynthesizerConfig.from_tensors(config, checkpoint.tensors)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from error
+
+
+def asked_by(checkpoint: Checkpoint) -> Asked:
+    """What the metadata of a voice file asks for.
+
+    Raises:
+        ValueError: a value is none that the option of that name takes.
+    """
+    told = checkpoint.metadata
+    try:
+        options = ConversionOptions(
+            f0_threshold=float(told.get("f0_threshold") or 0),
+            f0_onset=int(told.get("f0_onset") or 0),
+            f0_offset=int(told.get("f0_offset") or 0),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{checkpoint.path}: its metadata: {error}") from error
+    return Asked(
+        options.f0_threshold or VOICING_THRESHOLD,
+        max(options.f0_onset, 0),
+        max(options.f0_offset, 0),
+    )

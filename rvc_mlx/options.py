@@ -88,7 +88,21 @@ class ConversionOptions:
         "rmvpe", "pitch estimator", choices=("rmvpe",), aliases=("f0method",)
     )
     f0_threshold: float = option(
-        0.03, "salience above which a frame is voiced, 0 to 1", low=0, high=1
+        0.0,
+        "salience above which a frame is voiced, 0 to 1; 0 keeps the voice's: RVC's "
+        "0.03 unless it asks for another",
+        low=0,
+        high=1,
+    )
+    f0_onset: int = option(
+        -1,
+        "frames of 10 ms by which voiced parts begin sooner than the pitch is heard; -1 "
+        "keeps the voice's: RVC's 0 unless it asks for more",
+        low=-1,
+        high=10,
+    )
+    f0_offset: int = option(
+        -1, "likewise, frames by which voiced parts end later", low=-1, high=10
     )
     f0_file: str = option(
         "", "pitch curve to use instead: lines 'seconds,hertz'", aliases=("f0-file",)

@@ -65,6 +65,20 @@ def decode_salience(
     return begin_decoding(salience, threshold)()
 
 
+def widened(f0: np.ndarray, onset: int, offset: int) -> np.ndarray:
+    """``[T]`` F0 whose voiced runs begin and end so many frames sooner and later.
+
+    They keep the pitch that they begin and end with; where two meet, it is the later's. RVC
+    holds the pitch of a frame from the frame's middle on, so that a voice begins half a frame
+    late; and a small voice is not heard in the first frames of a run, nor in the last.
+    """
+    for _ in range(onset):
+        f0 = np.where(f0 > 0, f0, np.append(f0[1:], 0.0))
+    for _ in range(offset):
+        f0 = np.where(f0 > 0, f0, np.append(0.0, f0[:-1]))
+    return f0
+
+
 def begin_decoding(
     salience: Array, threshold: float = VOICING_THRESHOLD
 ) -> Callable[[], np.ndarray]:
@@ -106,6 +120,8 @@ class PitchSettings:
     Attributes:
         n_mels: mel bands of the network.
         threshold: see ``decode_salience``.
+        onset: frames by which voiced runs begin sooner, see ``widened``.
+        offset: frames by which they end later.
         frames_multiple: the network takes a multiple of this many frames.
         mel_padding: how the last chunk is filled up: ``"reflect"`` (Applio) or
             ``"constant"`` (zeros, the WebUI).
@@ -120,6 +136,8 @@ class PitchSettings:
 
     n_mels: int = 128
     threshold: float = VOICING_THRESHOLD
+    onset: int = 0
+    offset: int = 0
     frames_multiple: int = 32
     mel_padding: str = "reflect"
     chunk_frames: int = CHUNK_FRAMES
@@ -181,7 +199,11 @@ def estimate_f0(
 ) -> np.ndarray:
     """F0 of one recording by settings of its own; see ``estimate_one``."""
     settings = PitchSettings(
-        n_mels, threshold, frames_multiple, mel_padding, chunk_frames
+        n_mels,
+        threshold,
+        frames_multiple=frames_multiple,
+        mel_padding=mel_padding,
+        chunk_frames=chunk_frames,
     )
     return estimate_one(salience, read, length, settings)
 
@@ -273,7 +295,8 @@ def begin_all(
             for chunk, f0 in zip(group, parts, strict=True):
                 inner = f0[:, chunk.kept - chunk.start : chunk.until - chunk.start]
                 curves[chunk.number][:, chunk.kept : chunk.until] = inner
-        return [f0 for curve in curves for f0 in curve]
+        onset, offset = settings.onset, settings.offset
+        return [widened(f0, onset, offset) for curve in curves for f0 in curve]
 
     return finish
 

@@ -4,6 +4,7 @@ Everything runs on the small models (real networks, few channels, random weights
 """
 
 import copy
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +15,7 @@ import rvc_mlx
 from rvc_mlx import ConversionOptions, pitch
 from rvc_mlx.arrays import steady_length
 from rvc_mlx.audio import high_pass, high_pass_spool, high_pass_spools
+from rvc_mlx.checkpoint import read_checkpoint, save_checkpoint
 from rvc_mlx.engine import OpenVINOEngine, choose_engine
 from rvc_mlx.loading import Encoder, PitchNet, Voice, read_weights
 from rvc_mlx.noise import Noise
@@ -494,6 +496,64 @@ def test_estimate_is_what_injection_replaces(small_converter, speech):
     assert (f0[100:-100] > 0).any()
     expected = small_converter.convert(speech, 16000).audio
     assert np.array_equal(small_converter.convert(speech, 16000, f0=f0).audio, expected)
+
+
+@pytest.fixture(scope="module")
+def asking_voice(small_models, tmp_path_factory):
+    """Writes the small voice with more metadata."""
+
+    def write(**asked):
+        read = read_checkpoint(small_models.voice)
+        path = tmp_path_factory.mktemp("asking") / "voice.safetensors"
+        save_checkpoint(path, read.tensors, {**read.metadata, **asked})
+        return path
+
+    return write
+
+
+def test_a_voice_is_given_what_it_asks_for(
+    home, small_models, small_converter, speech, asking_voice
+):
+    given = {"f0_threshold": 0.12, "f0_onset": 3, "f0_offset": 2}
+    with_small_nets = partial(
+        load,
+        encoder=small_models.encoder,
+        rmvpe=small_models.rmvpe,
+        device="cpu",
+        precision="f32",
+    )
+    converter = with_small_nets(asking_voice(**given))
+
+    def convert(converter, **options):
+        chosen = ConversionOptions(index_rate=0, **options)
+        return converter.convert(speech[:16000], 16000, chosen).audio
+
+    plain = convert(small_converter)
+    asked = convert(small_converter, **given)
+    assert not np.array_equal(asked, plain)
+    assert np.array_equal(convert(converter), asked)
+    rvc = {"f0_threshold": 0.03, "f0_onset": 0, "f0_offset": 0}
+    assert np.array_equal(convert(converter, **rvc), plain)
+    assert np.array_equal(convert(small_converter, **rvc), plain)
+    for name, value in given.items():
+        alone = convert(small_converter, **{name: value})
+        assert not np.array_equal(alone, plain)
+        assert np.array_equal(convert(converter, **(rvc | {name: value})), alone)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"f0_threshold": 2}, "its metadata: f0_threshold is 2.0; expected 0 to 1"),
+        ({"f0_onset": 11}, "its metadata: f0_onset is 11; expected -1 to 10"),
+        ({"f0_onset": "soon"}, "voice.safetensors: its metadata: .*'soon'"),
+    ],
+)
+def test_a_voice_that_asks_for_what_cannot_be_is_refused(
+    small_models, asking_voice, asked, message
+):
+    with pytest.raises(ValueError, match=message):
+        load(asking_voice(**asked), encoder=small_models.encoder, device="cpu")
 
 
 def test_a_recording_is_filtered_as_the_engine_does_it(

@@ -108,6 +108,21 @@ def test_decode_of_no_frames():
     assert pitch.decode_salience(np.zeros((0, 360))).shape == (0,)
 
 
+@pytest.mark.parametrize(
+    ("onset", "offset", "expected"),
+    [
+        (0, 0, [0, 0, 0, 5, 6, 0, 7, 0, 0]),
+        (1, 0, [0, 0, 5, 5, 6, 7, 7, 0, 0]),
+        (0, 1, [0, 0, 0, 5, 6, 6, 7, 7, 0]),
+        (1, 1, [0, 0, 5, 5, 6, 7, 7, 7, 0]),
+        (9, 9, [5, 5, 5, 5, 6, 7, 7, 7, 7]),
+    ],
+)
+def test_voiced_runs_are_widened(onset, offset, expected):
+    f0 = np.array([0, 0, 0, 5, 6, 0, 7, 0, 0.0])
+    assert pitch.widened(f0, onset, offset).tolist() == expected
+
+
 # From samples to F0 -------------------------------------------------------------------
 
 REACH = 40  # frames on each side that the pretended network sees
@@ -154,6 +169,25 @@ def test_chunks_do_not_show(frames, padding, monkeypatch):
     np.testing.assert_allclose(f0[1], f0[0], rtol=1e-9)
     np.testing.assert_allclose(f0[2], f0[0], rtol=1e-9)
     assert max(read.asked[1:]) <= 416 * 160 + 1024
+
+
+def test_runs_are_widened_whatever_the_chunks(monkeypatch):
+    monkeypatch.setattr(pitch, "CHUNK_CONTEXT", 64)
+    audio = tone(1500 * 160)
+
+    def heard(mel):  # voiced now and then, one frame of a run being a chunk's first
+        return np.where(mel.argmax(axis=-1) % 3 > 0, 0.5, 0)[..., None] * np.eye(360)[9]
+
+    def found(onset, offset, chunk):
+        settings = pitch.PitchSettings(onset=onset, offset=offset, chunk_frames=chunk)
+        return pitch.estimate_one(heard, Recording(audio), len(audio), settings)
+
+    plain = found(0, 0, 9600)
+    assert 0 < (plain > 0).mean() < 1
+    expected = pitch.widened(plain, 2, 1)
+    assert (expected > 0).sum() > (plain > 0).sum()
+    for chunk in (9600, 256, 416):
+        np.testing.assert_allclose(found(2, 1, chunk), expected)
 
 
 @pytest.mark.parametrize("chunk", [pitch.CHUNK_FRAMES, 1120])
