@@ -102,7 +102,11 @@ class ConversionOptions:
         high=10,
     )
     f0_offset: int = option(
-        -1, "likewise, frames by which voiced parts end later", low=-1, high=10
+        -1,
+        "frames of 10 ms by which voiced parts end later than the pitch is heard; -1 "
+        "keeps the voice's: RVC's 0 unless it asks for more",
+        low=-1,
+        high=10,
     )
     f0_file: str = option(
         "", "pitch curve to use instead: lines 'seconds,hertz'", aliases=("f0-file",)

@@ -224,11 +224,11 @@ def _begin_f0(
     net = nets.pitch_net
     if net is None:
         return lambda: None
-    voice = nets.voice.asks
+    asks = nets.voice.asks
     settings = net.settings(
-        threshold=options.f0_threshold or voice.f0_threshold,
-        onset=voice.f0_onset if options.f0_onset < 0 else options.f0_onset,
-        offset=voice.f0_offset if options.f0_offset < 0 else options.f0_offset,
+        threshold=options.f0_threshold or asks.f0_threshold,
+        onset=asks.f0_onset if options.f0_onset < 0 else options.f0_onset,
+        offset=asks.f0_offset if options.f0_offset < 0 else options.f0_offset,
         mel_padding=options.mel_padding,
     )
     asked = [job for job in jobs if job.given_f0 is None]

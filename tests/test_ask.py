@@ -10,7 +10,15 @@ from rvc_mlx.loading import Asked, asked_by
 
 def test_a_voice_is_told_to_ask(small_models, tmp_path):
     target = tmp_path / "asking.safetensors"
-    words = "--f0-threshold 0.02 --f0-onset 1 --f0-offset 2 --export".split()
+    words = [
+        "--f0-threshold",
+        "0.02",
+        "--f0-onset",
+        "1",
+        "--f0-offset",
+        "2",
+        "--export",
+    ]
     assert ask.main([str(small_models.voice), *words, str(target)]) == 0
     before, after = read_checkpoint(small_models.voice), read_checkpoint(target)
     assert asked_by(before) == Asked() == (0.03, 0, 0)
