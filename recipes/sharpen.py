@@ -44,7 +44,7 @@ from rvc_mlx.job import Job, Nets, prepare_all
 from rvc_mlx.loading import PitchNet, read_weights
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
-from rvc_mlx.pitch import estimate_one
+from rvc_mlx.pitch import PitchSettings, estimate_one
 from rvc_mlx.segments import FRAME
 from rvc_mlx.spool import Spool
 
@@ -109,7 +109,8 @@ def latents(
         if job.failure:
             raise job.failure
         if nets.pitch_net is not None:
-            job.take_f0(_f0(nets.pitch_net, job, options[0]))
+            settings = voice.pitch_settings(nets.pitch_net, options[0])
+            job.take_f0(_f0(nets.pitch_net, job, settings))
         for segment in job.segments:
             heard = job.heard_on_host(segment.start, segment.start + segment.samples)
             features = np.repeat(encoder.encode(heard, voice.config.version), 2, axis=0)
@@ -122,11 +123,8 @@ def latents(
             yield np.stack(made)
 
 
-def _f0(net: PitchNet, job: Job, options: ConversionOptions) -> np.ndarray:
+def _f0(net: PitchNet, job: Job, settings: PitchSettings) -> np.ndarray:
     """``[T]`` in Hz of a job's padded recording."""
-    settings = net.settings(
-        threshold=options.f0_threshold, mel_padding=options.mel_padding
-    )
     return estimate_one(
         net.salience.start, job.heard_on_host, job.padded_length, settings
     )

@@ -35,6 +35,7 @@ from rvc_mlx import (
 )
 from rvc_mlx.arrays import Array, to_host
 from rvc_mlx.audio import HighPass, high_pass_spools
+from rvc_mlx.compiling import Replayed
 from rvc_mlx.device_high_pass import device_high_pass
 from rvc_mlx.device_index import DeviceIndex
 from rvc_mlx.device_mel import device_log_mel
@@ -276,8 +277,10 @@ class MLXEngine:
             return network
         if any(isinstance(step, GRU) for step in steps):
             return network
+        rows = _rows_of(steps[0])
+        few = self.windows(_network_of(steps[0])).few
         try:
-            return Steady(network, _rows_of(steps[0]))
+            return Steady(network, rows) if rows or few else Replayed(network)
         except RuntimeError as error:
             log.info("graphs are built anew at each call: %s", error)
             return network

@@ -35,7 +35,7 @@ from rvc_mlx.models.refinegan import RefineGANGenerator
 from rvc_mlx.models.rmvpe import RMVPE, RMVPEConfig
 from rvc_mlx.models.synthesizer import Synthesizer, build_vocoder
 from rvc_mlx.models.voice_config import SynthesizerConfig
-from rvc_mlx.options import ConversionOptions
+from rvc_mlx.options import MOST_WIDENED, ConversionOptions
 from rvc_mlx.pitch import VOICING_THRESHOLD, PitchSettings
 from rvc_mlx.spectral import HOP_LENGTH, log_mel
 from rvc_mlx.steady import few_lengths
@@ -311,8 +311,8 @@ class Asked(NamedTuple):
     """What a voice asks of a conversion that leaves it to the voice; by default RVC's.
 
     Attributes:
-        f0_threshold: of ``ConversionOptions``, above 0.
-        f0_onset: likewise, 0 or more.
+        f0_threshold: of ``ConversionOptions``, 0 to 1.
+        f0_onset: likewise, 0 to 10.
         f0_offset: likewise.
     """
 
@@ -370,6 +370,22 @@ class Voice:
         self.prior = engine.bind(self.prior_seam())
         self.source = engine.bind(self.source_seam()) if self.config.f0 else None
         self.vocoder = engine.bind(self.vocoder_seam())
+
+    def pitch_settings(
+        self, net: PitchNet, options: ConversionOptions
+    ) -> PitchSettings:
+        """How F0 is found for this voice: as it asks where the options leave it to it."""
+
+        def chosen(name: str) -> Any:
+            given = getattr(options, name)
+            return getattr(self.asks, name) if given < 0 else given
+
+        return net.settings(
+            threshold=chosen("f0_threshold"),
+            onset=chosen("f0_onset"),
+            offset=chosen("f0_offset"),
+            mel_padding=options.mel_padding,
+        )
 
     def _widest(self) -> int:
         """Numbers of one frame in the vocoder's largest array."""
@@ -492,16 +508,17 @@ def asked_by(checkpoint: Checkpoint) -> Asked:
         ValueError: a value is none that the option of that name takes.
     """
     told = checkpoint.metadata
-    try:
-        options = ConversionOptions(
-            f0_threshold=float(told.get("f0_threshold") or 0),
-            f0_onset=int(told.get("f0_onset") or 0),
-            f0_offset=int(told.get("f0_offset") or 0),
+    asked = Asked(**{name: told[name] for name in Asked._fields if name in told})
+    threshold = asked.f0_threshold
+    if type(threshold) not in (int, float) or not 0 <= threshold <= 1:
+        raise ValueError(
+            f"{checkpoint.path}: asks for f0_threshold {threshold!r}; expected 0 to 1"
         )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{checkpoint.path}: its metadata: {error}") from error
-    return Asked(
-        options.f0_threshold or VOICING_THRESHOLD,
-        max(options.f0_onset, 0),
-        max(options.f0_offset, 0),
-    )
+    for name in ("f0_onset", "f0_offset"):
+        frames = getattr(asked, name)
+        if type(frames) is not int or not 0 <= frames <= MOST_WIDENED:
+            raise ValueError(
+                f"{checkpoint.path}: asks for {name} {frames!r}; expected 0 to "
+                f"{MOST_WIDENED} frames"
+            )
+    return asked

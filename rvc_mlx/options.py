@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+MOST_WIDENED = 10  # frames by which voiced parts may begin sooner, or end later
+
 
 def option(
     default: Any,
@@ -88,25 +90,25 @@ class ConversionOptions:
         "rmvpe", "pitch estimator", choices=("rmvpe",), aliases=("f0method",)
     )
     f0_threshold: float = option(
-        0.0,
-        "salience above which a frame is voiced, 0 to 1; 0 keeps the voice's: RVC's "
-        "0.03 unless it asks for another",
-        low=0,
+        -1.0,
+        "salience above which a frame is voiced, 0 to 1; -1 keeps the voice's: RVC's 0.03 "
+        "unless it asks for another",
+        low=-1,
         high=1,
     )
     f0_onset: int = option(
         -1,
         "frames of 10 ms by which voiced parts begin sooner than the pitch is heard; -1 "
-        "keeps the voice's: RVC's 0 unless it asks for more",
+        "keeps the voice's: RVC's 0 unless it asks for more; a given curve stays as it is",
         low=-1,
-        high=10,
+        high=MOST_WIDENED,
     )
     f0_offset: int = option(
         -1,
-        "frames of 10 ms by which voiced parts end later than the pitch is heard; -1 "
-        "keeps the voice's: RVC's 0 unless it asks for more",
+        "frames of 10 ms by which voiced parts end later than the pitch is heard; else as "
+        "--f0-onset; pauses as short as both together are voiced",
         low=-1,
-        high=10,
+        high=MOST_WIDENED,
     )
     f0_file: str = option(
         "", "pitch curve to use instead: lines 'seconds,hertz'", aliases=("f0-file",)

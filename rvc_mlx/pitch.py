@@ -66,11 +66,14 @@ def decode_salience(
 
 
 def widened(f0: np.ndarray, onset: int, offset: int) -> np.ndarray:
-    """``[T]`` F0 whose voiced runs begin and end so many frames sooner and later.
+    """F0 whose voiced runs begin sooner and end later, with the pitch they begin and end with.
 
-    They keep the pitch that they begin and end with; where two meet, it is the later's. RVC
-    holds the pitch of a frame from the frame's middle on, so that a voice begins half a frame
-    late; and a small voice is not heard in the first frames of a run, nor in the last.
+    Gaps of up to ``onset + offset`` frames vanish; a frame that both reach is the later run's.
+
+    Args:
+        f0: ``[T]`` in Hz, 0 where unvoiced.
+        onset: frames of 10 ms by which a run begins sooner, 0 or more.
+        offset: frames by which it ends later, likewise.
     """
     for _ in range(onset):
         f0 = np.where(f0 > 0, f0, np.append(f0[1:], 0.0))

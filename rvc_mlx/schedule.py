@@ -224,13 +224,7 @@ def _begin_f0(
     net = nets.pitch_net
     if net is None:
         return lambda: None
-    asks = nets.voice.asks
-    settings = net.settings(
-        threshold=options.f0_threshold or asks.f0_threshold,
-        onset=asks.f0_onset if options.f0_onset < 0 else options.f0_onset,
-        offset=asks.f0_offset if options.f0_offset < 0 else options.f0_offset,
-        mel_padding=options.mel_padding,
-    )
+    settings = nets.voice.pitch_settings(net, options)
     asked = [job for job in jobs if job.given_f0 is None]
 
     def frames(job: Job) -> int:

@@ -5,11 +5,12 @@ import pytest
 
 from recipes import ask
 from rvc_mlx.checkpoint import read_checkpoint
+from rvc_mlx.export import convert_model
 from rvc_mlx.loading import Asked, asked_by
 
 
 def test_a_voice_is_told_to_ask(small_models, tmp_path):
-    target = tmp_path / "asking.safetensors"
+    target = tmp_path / "new" / "asking.safetensors"
     words = [
         "--f0-threshold",
         "0.02",
@@ -45,8 +46,8 @@ def test_what_was_asked_before_is_forgotten(small_models, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--f0-threshold 2", "f0_threshold is 2.0; expected 0 to 1"),
-        ("--f0-onset 11", "f0_onset is 11; expected -1 to 10"),
+        ("--f0-threshold 2", "f0_threshold 2.0; expected 0 to 1"),
+        ("--f0-onset 11", "f0_onset 11; expected 0 to 10 frames"),
     ],
 )
 def test_what_cannot_be_asked_is_not_written(
@@ -63,3 +64,11 @@ def test_only_a_voice_asks(small_models, tmp_path, caplog):
     given = [str(small_models.rmvpe), "--export", str(tmp_path / "a.safetensors")]
     assert ask.main(given) == 1
     assert "expected an RVC voice" in caplog.text
+
+
+def test_a_converted_voice_still_asks(small_models, tmp_path):
+    asking, converted = tmp_path / "asking.safetensors", tmp_path / "half.safetensors"
+    words = ["--f0-threshold", "0.5", "--f0-onset", "1", "--f0-offset", "2"]
+    assert ask.main([str(small_models.voice), *words, "--export", str(asking)]) == 0
+    convert_model(asking, converted, half=True)
+    assert asked_by(read_checkpoint(converted)) == (0.5, 1, 2)

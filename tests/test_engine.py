@@ -16,6 +16,7 @@ import test_fused_unet
 
 from rvc_mlx import engine as module
 from rvc_mlx.audio import high_pass_spools
+from rvc_mlx.compiling import Replayed
 from rvc_mlx.engine import (
     MLXEngine,
     OpenVINOEngine,
@@ -29,7 +30,7 @@ from rvc_mlx.models.contentvec import ContentVec
 from rvc_mlx.models.nsf_hifigan import SineSource
 from rvc_mlx.models.refinegan import MergedSource
 from rvc_mlx.models.rmvpe import GRU
-from rvc_mlx.steady import Rows, Steady
+from rvc_mlx.steady import Rows
 
 SHAPE = (1, 12, 6)
 
@@ -171,9 +172,9 @@ def on_cuda(monkeypatch):
 
 def test_graphs_of_a_network_are_kept_on_cuda(monkeypatch):
     engine = on_cuda(monkeypatch)
-    assert isinstance(engine._joined([mx.abs]), Steady)
+    assert isinstance(engine._joined([mx.abs]), Replayed)
     engine._fast_products = False
-    assert not isinstance(engine._joined([mx.abs]), Steady)
+    assert not isinstance(engine._joined([mx.abs]), Replayed)
 
 
 def test_a_recording_alone_meets_few_lengths_where_a_network_can(monkeypatch):
@@ -182,7 +183,7 @@ def test_a_recording_alone_meets_few_lengths_where_a_network_can(monkeypatch):
     net, voice = test_fused_unet.network(), test_fused_prior.voice()
     steps = [partial(encoder, version="v2"), net.image_features, voice.prior]
     for step in steps:  # none is quickened
-        assert engine._joined([step])._rows is None
+        assert isinstance(engine._joined([step]), Replayed)
     asked, rows = [], Rows(lambda x: x.shape[1], lambda arrays, n: arrays)
     for part, name in (
         (module.fused_encoder, "rows_of_features"),
@@ -194,13 +195,16 @@ def test_a_recording_alone_meets_few_lengths_where_a_network_can(monkeypatch):
         assert engine._joined([step])._rows is rows
     assert asked == [encoder, net, voice]
     for step in (voice.dec, mx.abs):
-        assert engine._joined([step])._rows is None
+        assert isinstance(engine._joined([step]), Replayed)
+    monkeypatch.setattr(module.product_convs, "serves", lambda net: net is voice.dec)
+    assert engine._joined([voice.dec])._rows is None  # its windows have few lengths
+    assert isinstance(engine._joined([mx.abs]), Replayed)
 
 
 def test_a_loop_over_frames_is_not_kept(monkeypatch):
     """Its graph is as deep as it has frames, and MLX descends by recursion."""
     step = on_cuda(monkeypatch)._joined([mx.abs, GRU(4, 3), mx.negative])
-    assert not isinstance(step, Steady)
+    assert not isinstance(step, Replayed)
     with mx.stream(mx.cpu):
         assert step(mx.ones((1, 5, 4))).shape == (1, 5, 6)
 
@@ -223,10 +227,10 @@ def test_a_source_is_one_kernel_where_products_may_be_short(monkeypatch, source)
 
 
 def test_without_the_switch_graphs_are_built_anew(monkeypatch, caplog):
-    def missing(network, rows):
+    def missing(function):
         raise RuntimeError("this MLX has no switch")
 
-    monkeypatch.setattr(module, "Steady", missing)
+    monkeypatch.setattr(module, "Replayed", missing)
     caplog.set_level("INFO", "rvc_mlx")
     step = on_cuda(monkeypatch)._joined([mx.abs, mx.negative])
     with mx.stream(mx.cpu):

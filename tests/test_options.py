@@ -26,7 +26,7 @@ def test_defaults():
     assert (options.x_center, options.x_max) == (38, 41)
     assert options.f0_method == "rmvpe"
     asked = (options.f0_threshold, options.f0_onset, options.f0_offset)
-    assert asked == (0, -1, -1)  # as the voice asks
+    assert asked == (-1, -1, -1)  # as the voice asks
 
 
 @pytest.mark.parametrize("name", list(FIELDS))

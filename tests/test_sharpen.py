@@ -24,7 +24,7 @@ from recipes.sharpen import (
 from rvc_mlx import ConversionOptions, load
 from rvc_mlx.checkpoint import hash_file, read_checkpoint, save_checkpoint
 from rvc_mlx.engine import choose_engine
-from rvc_mlx.loading import Voice, read_weights
+from rvc_mlx.loading import Asked, Voice, read_weights
 
 FRAMES = 80
 
@@ -98,7 +98,9 @@ def observed_latents(converter, audio):
     return z[0, 100 : 100 + len(audio) // 160 + 1]
 
 
-def test_latents_are_those_of_a_conversion(converter, speech):
+@pytest.mark.parametrize("asks", [Asked(), Asked(0.15, 3, 2)])
+def test_latents_are_those_of_a_conversion(converter, speech, asks, monkeypatch):
+    monkeypatch.setattr(converter.voice, "asks", asks)
     for audio in (speech[:16000], speech[:20077]):
         [[z]] = latents(converter, audio, [ConversionOptions()])
         assert np.array_equal(z, observed_latents(converter, audio))

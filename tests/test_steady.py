@@ -100,6 +100,19 @@ def test_a_new_length_meets_a_graph_that_is_kept():
     assert smoothing.built[2:] == [(1, 48, 2)]
 
 
+def test_few_lengths_are_kept_at_once_and_several_together_when_met_again():
+    smoothing = Smoothing()
+    network = Steady(smoothing, None)
+    for length in (40, 41, 41, 40, 41):
+        check(network, mx.random.normal((1, length, 2)))
+    # The very first is not kept: it computes what the network holds.
+    assert smoothing.built == [(1, 40, 2), (1, 41, 2), (1, 40, 2)]
+    smoothing.built.clear()
+    for _ in range(3):
+        check(network, mx.random.normal((2, 41, 2)))
+    assert smoothing.built == 2 * [(2, 41, 2)]
+
+
 def test_several_together_are_computed_as_they_are():
     smoothing = Smoothing()
     network = Steady(smoothing, ROWS)
