@@ -41,10 +41,10 @@ from rvc_mlx.checkpoint import Checkpoint, name_and_hash, save_checkpoint
 from rvc_mlx.decoding import plan_of, sample_latents
 from rvc_mlx.engine import DEVICES
 from rvc_mlx.job import Job, Nets, prepare_all
-from rvc_mlx.loading import PitchNet, read_weights
+from rvc_mlx.loading import read_weights
 from rvc_mlx.noise import Noise
 from rvc_mlx.options import ConversionOptions
-from rvc_mlx.pitch import PitchSettings, estimate_one
+from rvc_mlx.schedule import begin_f0
 from rvc_mlx.segments import FRAME
 from rvc_mlx.spool import Spool
 
@@ -108,9 +108,7 @@ def latents(
         prepare_all(nets, [job])
         if job.failure:
             raise job.failure
-        if nets.pitch_net is not None:
-            settings = voice.pitch_settings(nets.pitch_net, options[0])
-            job.take_f0(_f0(nets.pitch_net, job, settings))
+        begin_f0(nets, [job], options[0])()
         for segment in job.segments:
             heard = job.heard_on_host(segment.start, segment.start + segment.samples)
             features = np.repeat(encoder.encode(heard, voice.config.version), 2, axis=0)
@@ -121,13 +119,6 @@ def latents(
                 z = to_host(sample_latents(voice, given, [piece], plan))
                 made.append(z[0, segment.first : segment.last])
             yield np.stack(made)
-
-
-def _f0(net: PitchNet, job: Job, settings: PitchSettings) -> np.ndarray:
-    """``[T]`` in Hz of a job's padded recording."""
-    return estimate_one(
-        net.salience.start, job.heard_on_host, job.padded_length, settings
-    )
 
 
 def audible(audio: np.ndarray) -> np.ndarray:

@@ -158,7 +158,7 @@ def _begin_wave(
     f0_first = nets.pitch_net is not None and nets.pitch_net.on_device
     first = None if f0_first else next(encoded)
     with report.stage("pitch"):
-        find_f0 = _begin_f0(nets, jobs, options)
+        find_f0 = begin_f0(nets, jobs, options)
     first = first or next(encoded)
     plan = _plan(nets, first[0])
     if most:  # the device draws while F0 comes back, not when all wait for it
@@ -217,7 +217,7 @@ def _encoded(
         yield batch, features
 
 
-def _begin_f0(
+def begin_f0(
     nets: Nets, jobs: Sequence[Job], options: ConversionOptions
 ) -> Callable[[], None]:
     """Begin to find F0; what waits for it and gives each job its own."""
