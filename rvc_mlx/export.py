@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rvc_mlx.checkpoint import Checkpoint, hash_file, read_checkpoint, save_checkpoint
-from rvc_mlx.loading import encoder_metadata, file_in_folder, kind_of
+from rvc_mlx.loading import Asked, encoder_metadata, file_in_folder, kind_of
 from rvc_mlx.models import contentvec, rmvpe, synthesizer
 from rvc_mlx.models.layers import fold_weight_norm
 from rvc_mlx.models.voice_config import SynthesizerConfig, public_config
@@ -23,9 +23,7 @@ _KEPT = (
     "author",
     "embedder_model",
     "pitch_model",
-    "f0_threshold",
-    "f0_onset",
-    "f0_offset",
+    *Asked._fields,
     "speakers_id",
     "creation_date",
     "model_hash",

@@ -4,7 +4,6 @@ Everything runs on the small models (real networks, few channels, random weights
 """
 
 import copy
-from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -515,14 +514,13 @@ def test_a_voice_is_given_what_it_asks_for(
     home, small_models, small_converter, speech, asking_voice
 ):
     given = {"f0_threshold": 0.12, "f0_onset": 3, "f0_offset": 2}
-    with_small_nets = partial(
-        load,
+    converter = load(
+        asking_voice(**given),
         encoder=small_models.encoder,
         rmvpe=small_models.rmvpe,
         device="cpu",
         precision="f32",
     )
-    converter = with_small_nets(asking_voice(**given))
 
     def convert(converter, **options):
         chosen = ConversionOptions(index_rate=0, **options)
